@@ -1,0 +1,62 @@
+// Chooses the instruction-set variant once, from what the processor reports.
+#include "variants.h"
+
+FI_VARIANT(baseline)
+#ifdef FASTINTERP_X86
+FI_VARIANT(avx2)
+FI_VARIANT(avx512)
+#endif
+
+namespace fastinterp {
+namespace cpu {
+
+namespace {
+
+enum class Level { baseline, avx2, avx512 };
+
+Level detect() {
+#ifdef FASTINTERP_X86
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    return Level::avx512;
+  }
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Level::avx2;
+#endif
+  return Level::baseline;
+}
+
+Level level() {
+  static const Level chosen = detect();
+  return chosen;
+}
+
+}  // namespace
+
+#ifdef FASTINTERP_X86
+#define FI_CALL(call)                            \
+  switch (level()) {                             \
+    case Level::avx512:                          \
+      return avx512::call;                       \
+    case Level::avx2:                            \
+      return avx2::call;                         \
+    default:                                     \
+      return baseline::call;                     \
+  }
+#else
+#define FI_CALL(call) return baseline::call;
+#endif
+
+const char* instruction_set() {
+  static const char* const names[] = {"baseline", "avx2", "avx512"};
+  return names[static_cast<int>(level())];
+}
+void attack_step(const AttackStep& p) { FI_CALL(attack_step(p)) }
+std::int64_t cam_discrepancy_scratch_bytes(const CamDiscrepancy& p) {
+  FI_CALL(cam_discrepancy_scratch_bytes(p))
+}
+void cam_discrepancy_forward(const CamDiscrepancy& p) { FI_CALL(cam_discrepancy_forward(p)) }
+void cam_discrepancy_backward(const CamDiscrepancy& p) { FI_CALL(cam_discrepancy_backward(p)) }
+
+}  // namespace cpu
+}  // namespace fastinterp

@@ -1,0 +1,16 @@
+// What every instruction-set variant of the CPU kernels exports, in a namespace of its name.
+#pragma once
+
+#include "../kernels.h"
+
+#define FI_VARIANT(arch)                                               \
+  namespace fastinterp {                                               \
+  namespace cpu {                                                      \
+  namespace arch {                                                     \
+  void attack_step(const AttackStep& p);                               \
+  std::int64_t cam_discrepancy_scratch_bytes(const CamDiscrepancy& p); \
+  void cam_discrepancy_forward(const CamDiscrepancy& p);               \
+  void cam_discrepancy_backward(const CamDiscrepancy& p);              \
+  }                                                                    \
+  }                                                                    \
+  }

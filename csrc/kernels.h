@@ -1,0 +1,84 @@
+// The whole boundary of the native core: plain structs of pointers, sizes and strides (in elements).
+// No kernel allocates, and no CUDA kernel synchronises; scratch memory is the caller's.
+#pragma once
+
+#include <cstdint>
+
+namespace fastinterp {
+
+enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
+
+// "Accumulation type" below: double for f64 tensors, float for every other dtype.
+
+enum class StepNorm : int { linf = 0, l2 = 1 };
+
+// out = clip(project(x + step_size * direction(grad), origin, eps), clip_min, clip_max)
+struct AttackStep {
+  DType dtype;
+  StepNorm norm;
+  std::int64_t examples;  // N
+  std::int64_t inner;     // elements of one example
+  const void* x;          // (N, inner) dense, all four in the same element order
+  const void* grad;       // (N, inner)
+  const void* origin;     // (N, inner)
+  void* out;              // (N, inner); may be x itself, so none of these is __restrict__
+  const void* eps;        // accumulation type; one value, or N values when eps_stride == 1
+  const void* step_size;  // likewise
+  std::int64_t eps_stride;
+  std::int64_t step_stride;
+  double clip_min;  // -inf and +inf when there is no clip
+  double clip_max;
+  int threads;
+};
+
+enum class MapNorm : int { l1 = 0, l2 = 1 };
+
+// Feature maps are addressed as base[n * example + c * channel + p * pixel], p = h * width + w,
+// which covers NCHW and channels_last without a copy.
+struct FeatureStrides {
+  std::int64_t example, channel, pixel;
+};
+
+// M[n,k,p] = sum_c head[k,c] (features[n,c,p] - features_adv[n,c,p]) is never stored: a tile of
+// pixels of one class at a time lives in registers or L1.
+struct CamDiscrepancy {
+  DType dtype;
+  MapNorm norm;
+  std::int64_t examples, channels, classes, pixels;  // N, C, K, P
+  const void* features;                              // (N, C, P) dtype
+  const void* features_adv;                          // (N, C, P) dtype
+  FeatureStrides features_strides, features_adv_strides;
+  const void* head;  // (K, C) accumulation type; null when the features are the class maps (K == C)
+  int threads;
+
+  // forward
+  const void* class_weights;  // (N, K) accumulation type
+  void* discrepancy;          // (N,)   accumulation type, sum_k class_weights * distances
+  void* distances;            // (N, K) accumulation type; written forward, read backward for l2
+
+  // backward
+  const void* class_grad;     // (N, K) accumulation type, d loss / d distances
+  void* grad_features_adv;    // (N, C, P) dtype, or null; the gradient of features is its negative
+  FeatureStrides grad_strides;
+  void* grad_head;            // (K, C) accumulation type, or null
+
+  void* scratch;  // cam_discrepancy_scratch_bytes(p) bytes, 64-byte aligned
+};
+
+namespace cpu {
+const char* instruction_set();  // the variant chosen at run time: "baseline", "avx2" or "avx512"
+void attack_step(const AttackStep& p);
+std::int64_t cam_discrepancy_scratch_bytes(const CamDiscrepancy& p);
+void cam_discrepancy_forward(const CamDiscrepancy& p);
+void cam_discrepancy_backward(const CamDiscrepancy& p);
+}  // namespace cpu
+
+#ifdef FASTINTERP_WITH_CUDA
+namespace cuda {
+// Each returns a cudaError_t as int; 0 is success.
+int attack_step(const AttackStep& p, void* stream);
+const char* error_string(int code);
+}  // namespace cuda
+#endif
+
+}  // namespace fastinterp

@@ -1,0 +1,63 @@
+"""Ways to borrow somebody's model and give it back as it was, also after an exception."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+_MODE_DEPENDENT = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
+
+
+def depends_on_mode(model: nn.Module) -> bool:
+    """Whether train() and eval() make a difference: batch norm or dropout inside."""
+    return any(isinstance(module, _MODE_DEPENDENT) for module in model.modules())
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; every module's own flag afterwards."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def substituted(model: nn.Module, tensors: dict[str, torch.Tensor]) -> Iterator[None]:
+    """The named parameters and buffers are replaced inside and are the very same again afterwards.
+
+    Shapes may differ, which is what lets a folded head stand in for a convolution.
+    """
+    saved = []
+    try:
+        for name, tensor in tensors.items():
+            path, _, leaf = name.rpartition(".")
+            module = model.get_submodule(path)
+            for table in (module._parameters, module._buffers):
+                if leaf in table:
+                    saved.append((table, leaf, table[leaf]))
+                    table[leaf] = tensor
+                    break
+            else:
+                raise KeyError(f"{name} is neither a parameter nor a buffer")
+        yield
+    finally:
+        for table, leaf, tensor in reversed(saved):
+            table[leaf] = tensor
+
+
+def detached_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters without gradient, for an attack that wants none of theirs."""
+    return {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+def cloned_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of the buffers, for a forward pass that must not move running statistics."""
+    return {name: b.clone() for name, b in model.named_buffers(remove_duplicate=False)}

@@ -1,0 +1,200 @@
+"""Interpretation maps.
+
+Class activation map (CAM): I_c = sum_k W[c,k] A_k with A the last feature maps and W the weight of
+the linear head behind global average pooling; mean_hw I_c = logit_c (less the head's bias). Raw
+sign, no ReLU, no scaling. Source: Zhou et al., "Learning Deep Features for Discriminative
+Localization" (2016).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from fastinterp._checks import check_images
+from fastinterp._state import detached_parameters, eval_mode, substituted
+from fastinterp.models._layers import SameConv2d
+
+
+def _is_global_pool(module: nn.Module) -> bool:
+    return isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1), [1, 1])
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear)
+
+
+def _last(model: nn.Module, wanted) -> tuple[str, nn.Module] | None:
+    found = [(name, module) for name, module in model.named_modules() if wanted(module)]
+    return found[-1] if found else None
+
+
+class UnsupportedModelError(ValueError):
+    """The model is not one whose maps this package knows how to find."""
+
+
+class CamNetwork:
+    """A classifier seen as feature maps, global average pooling and a linear head.
+
+    Args:
+        model: maps images (N, C, H, W) to logits (N, K); contains an nn.AdaptiveAvgPool2d(1) whose
+            output, flattened, is the input of the last nn.Linear.
+        x: a batch, of which one image is run through the model to see how it is wired.
+
+    Raises:
+        UnsupportedModelError: the model has no such head.
+    """
+
+    def __init__(self, model: nn.Module, x: torch.Tensor):
+        self.model = model
+        pool, head = _last(model, _is_global_pool), _last(model, _is_linear)
+        if pool is None or head is None:
+            missing = "nn.AdaptiveAvgPool2d(1)" if pool is None else "nn.Linear"
+            raise UnsupportedModelError(
+                f"CAM needs global average pooling followed by a linear head; "
+                f"{type(model).__name__} has no {missing} module"
+            )
+        self._pool = pool[1]
+        self.head_name, self.head = head
+        self.tail_name = self._find_tail(x[:1])
+
+    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Feature maps (N, C, h, w) and logits (N, K) of one forward pass."""
+        with self._recorded() as run:
+            return run(x)
+
+    @contextmanager
+    def attacked(self) -> Iterator:
+        """Inside, a function z -> (features, head, logits) for the inner maximisation.
+
+        Parameters are detached and the model is in evaluation mode. When a plain convolution makes
+        the last feature maps, the head is folded into it, so that the features are the class maps
+        themselves and head is None: W (conv(a) + b) = (W conv)(a) + W b, with K instead of C output
+        channels. The model is as before afterwards.
+        """
+        tensors = detached_parameters(self.model)
+        head = tensors[f"{self.head_name}.weight"]
+        if self.tail_name is not None:
+            classes = len(head)
+            weight = tensors[f"{self.tail_name}.weight"]
+            folded = torch.einsum("kc,cihw->kihw", head, weight)
+            tensors[f"{self.tail_name}.weight"] = folded
+            if (bias := tensors.get(f"{self.tail_name}.bias")) is not None:
+                tensors[f"{self.tail_name}.bias"] = head @ bias
+            tensors[f"{self.head_name}.weight"] = torch.eye(
+                classes, dtype=head.dtype, device=head.device
+            )
+            head = None
+        with substituted(self.model, tensors), eval_mode(self.model), self._recorded() as run:
+
+            def attacked(z):
+                features, logits = run(z)
+                return features, head, logits
+
+            yield attacked
+
+    def attacked_features(self, features: torch.Tensor) -> torch.Tensor:
+        """The features that ``attacked`` would give where this network gives ``features``."""
+        features = features.detach()
+        if self.tail_name is None:
+            return features
+        return torch.einsum("kc,nchw->nkhw", self.head.weight.detach(), features)
+
+    @contextmanager
+    def _recorded(self) -> Iterator:
+        seen = {}
+
+        def pooled(_, args, output):
+            seen["features"], seen["pooled"] = args[0], output
+
+        def classified(_, args, output):
+            seen["head_input"], seen["logits"] = args[0], output
+
+        hooks = [
+            self._pool.register_forward_hook(pooled),
+            self.head.register_forward_hook(classified),
+        ]
+
+        def run(x):
+            seen.clear()
+            logits = self.model(x)
+            if (
+                seen.get("logits") is not logits
+                or seen["head_input"].data_ptr() != seen["pooled"].data_ptr()
+                or seen["head_input"].shape[1:] != seen["features"].shape[1:2]
+            ):
+                raise UnsupportedModelError(
+                    f"CAM needs logits = linear(flatten(global average pool)); in "
+                    f"{type(self.model).__name__} something else stands between the last "
+                    f"pooling and the output of {self.head_name!r}"
+                )
+            return seen["features"], logits
+
+        try:
+            yield run
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @torch.no_grad()
+    def _find_tail(self, x: torch.Tensor) -> str | None:
+        """Name of the plain convolution whose output is pooled as it is, if there is one."""
+        made = {}
+
+        def record(module, _, output):
+            made[id(output)] = (module, output)
+
+        plain = {
+            module: name
+            for name, module in self.model.named_modules()
+            if type(module) in (nn.Conv2d, SameConv2d)
+            and module.groups == 1
+            and not module._forward_hooks
+            and not module._forward_pre_hooks
+        }
+        hooks = [module.register_forward_hook(record) for module in plain]
+        try:
+            with eval_mode(self.model), self._recorded() as run:
+                features, _ = run(x)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        module = made.get(id(features), (None,))[0]
+        return plain.get(module)
+
+
+def cam(
+    model: nn.Module, x: torch.Tensor, target: int | torch.Tensor | None = None
+) -> torch.Tensor:
+    """Class activation maps, differentiable to the input and every parameter.
+
+    Args:
+        model: a classifier with global average pooling and a linear head (see CamNetwork).
+        x: images (N, C, H, W) in [0,1].
+        target: None for every class, a class index, or int64 (N,) with one class per example.
+
+    Returns:
+        (N, K, h, w) for target None, else (N, 1, h, w); raw sign.
+
+    Raises:
+        UnsupportedModelError: the model has no GAP + linear head.
+        TypeError, ValueError: x or target is out of range.
+    """
+    check_images(x)
+    network = CamNetwork(model, x)
+    features, logits = network(x)
+    weight, classes = network.head.weight, logits.shape[1]
+    if target is None:
+        return torch.einsum("kc,nchw->nkhw", weight, features)
+    target = torch.as_tensor(target, device=x.device)
+    if target.shape not in ((), (len(x),)) or (
+        target.numel() and not 0 <= int(target.min()) <= int(target.max()) < classes
+    ):
+        raise ValueError(
+            f"target must be None, a class below {classes}, or one such class per example, "
+            f"got {target.tolist()}"
+        )
+    return torch.einsum("nc,nchw->nhw", weight[target.expand(len(x))], features)[:, None]

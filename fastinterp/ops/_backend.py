@@ -1,0 +1,99 @@
+"""Which kernel runs: one rule for every op.
+
+``FASTINTERP_BACKEND=auto|cpu|cuda|triton|reference`` (default ``auto``). The automatic choice falls
+back to the plain torch reference with one warning; a backend asked for by name that cannot run
+raises.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+
+import torch
+
+from fastinterp import _native
+
+BACKENDS = ("auto", "cpu", "cuda", "triton", "reference")
+PREFERENCE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+
+# Codes of csrc/kernels.h.
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_DTYPES = {
+    "cpu": (torch.float32, torch.float64, torch.bfloat16),
+    "cuda": tuple(DTYPE_CODES),
+    "triton": tuple(DTYPE_CODES),
+}
+
+# op name -> the backends that have a kernel for it; filled by the op files
+KERNELS: dict[str, tuple[str, ...]] = {}
+
+_warned: set[tuple[str, str, torch.dtype]] = set()
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for every other floating dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def why_not(backend: str, op: str, device: str, dtype: torch.dtype) -> str | None:
+    """Why ``backend`` cannot run ``op`` on tensors of this device and dtype; None when it can."""
+    if backend == "reference":
+        return None
+    if backend not in KERNELS[op]:
+        return "there is no such kernel"
+    if dtype not in _DTYPES[backend]:
+        return f"there is no {dtype} kernel"
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed: pip install triton"
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        if device != "cuda" and not (device == "cpu" and interpreted):
+            return f"{device} tensors need TRITON_INTERPRET=1, set before fastinterp is imported"
+        return None
+    if device != backend:
+        return f"the tensors are on {device}"
+    if _native.core is None:
+        return _native.problem
+    if backend == "cuda" and _native.core.cuda_architectures is None:
+        return "fastinterp was built without nvcc: put it on PATH and reinstall"
+    return None
+
+
+def choose(op: str, tensor: torch.Tensor) -> str:
+    """The backend for this call: "cpu", "cuda", "triton" or "reference".
+
+    Raises:
+        ValueError: FASTINTERP_BACKEND is not one of BACKENDS.
+        RuntimeError: the backend it names cannot run this op on this tensor.
+    """
+    device, dtype = tensor.device.type, tensor.dtype
+    requested = os.environ.get("FASTINTERP_BACKEND", "auto")
+    if requested not in BACKENDS:
+        raise ValueError(
+            f"FASTINTERP_BACKEND={requested!r} is not a backend; use one of {', '.join(BACKENDS)}"
+        )
+    if requested != "auto":
+        reason = why_not(requested, op, device, dtype)
+        if reason is not None:
+            raise RuntimeError(
+                f"FASTINTERP_BACKEND={requested} cannot run fastinterp::{op} on {device} {dtype}: "
+                f"{reason}. Unset it to let fastinterp choose."
+            )
+        return requested
+    reasons = {}
+    for backend in PREFERENCE.get(device, ()):
+        reasons[backend] = why_not(backend, op, device, dtype)
+        if reasons[backend] is None:
+            return backend
+    if (op, device, dtype) not in _warned:
+        _warned.add((op, device, dtype))
+        because = "; ".join(f"{k}: {v}" for k, v in reasons.items()) or "no kernels for this device"
+        warnings.warn(
+            f"fastinterp::{op} runs as several plain torch kernels on {device} {dtype}, which is "
+            f"slower and keeps more memory ({because})",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return "reference"

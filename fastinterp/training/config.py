@@ -1,0 +1,150 @@
+"""What a training run is made of: one flat dataclass, named recipes on top, checks in one place."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+
+from fastinterp._checks import check_attack
+from fastinterp.data import DATASETS
+from fastinterp.models import MODELS
+from fastinterp.objectives import METHODS
+from fastinterp.training.rng import RNGS
+
+
+def _option(default, help):
+    factory = {"default_factory": lambda: list(default)} if isinstance(default, list) else {}
+    return field(**(factory or {"default": default}), metadata={"help": help})
+
+
+@dataclass
+class TrainConfig:
+    dataset: str = _option("digits", "digits, mnist or cifar10")
+    model: str = _option("small", "small, pool or wresnet")
+    method: str = _option("int", "training objective: normal, adv or int")
+    compare: list[str] = _option(["normal"], "methods also trained, for the table at the end")
+    epochs: int = _option(10, "passes over the training split")
+    batch_size: int = _option(50, "the last incomplete batch of an epoch is dropped")
+    lr: list[float] = _option([1e-4], "learning rates, one more than lr-steps")
+    lr_steps: list[int] = _option([], "steps after which the next learning rate holds")
+    eps: float = _option(0.3, "radius of the attack, images in [0,1]")
+    eps_warmup: list[int] = _option([], "two steps: eps is 0 until the first, full at the second")
+    attack_steps: int = _option(40, "steps of the inner maximisation")
+    step_size: float = _option(0.01, "size of one such step")
+    gamma: float = _option(0.01, "weight of the discrepancy")
+    seed: int = _option(99, "of initialisation, order and random starts")
+    rng: str = _option("torch", "torch, or paper: the released code's numpy generator")
+    eval_eps: list[float] = _option([0.1, 0.2, 0.3], "PGD radii of the table at the end")
+    eval_steps: int = _option(200, "PGD steps of that table")
+    eval_step_size: float = _option(0.01, "PGD step size of that table")
+    eval_examples: int = _option(200, "test images of that table; 0 for all")
+
+    def check(self) -> None:
+        """Raises ValueError that names the option, what was seen and what is allowed."""
+        for name, value, allowed in (
+            ("dataset", self.dataset, DATASETS),
+            ("model", self.model, MODELS),
+            ("method", self.method, METHODS),
+            *(("compare", method, METHODS) for method in self.compare),
+            ("rng", self.rng, RNGS),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        for name in ("epochs", "batch_size", "eval_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_attack(self.eps, self.step_size, self.attack_steps)
+        for eps in self.eval_eps:
+            check_attack(eps, self.eval_step_size, self.eval_steps)
+        if self.eval_examples < 0:
+            raise ValueError(f"eval_examples must be >= 0, got {self.eval_examples}")
+        if len(self.lr) != len(self.lr_steps) + 1 or min(self.lr) <= 0:
+            raise ValueError(
+                f"lr needs one positive value more than lr_steps, got {self.lr} and {self.lr_steps}"
+            )
+        if self.lr_steps != sorted(self.lr_steps):
+            raise ValueError(f"lr_steps must increase, got {self.lr_steps}")
+        if self.eps_warmup and not (
+            len(self.eps_warmup) == 2 and 0 <= self.eps_warmup[0] < self.eps_warmup[1]
+        ):
+            raise ValueError(
+                f"eps_warmup must be empty or two increasing steps, got {self.eps_warmup}"
+            )
+        if self.gamma < 0:
+            raise ValueError(f"gamma must be >= 0, got {self.gamma}")
+
+    @property
+    def methods(self) -> list[str]:
+        """Every method to train, each once, the compared ones first."""
+        return [m for m in dict.fromkeys(self.compare) if m != self.method] + [self.method]
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of step 0, 1, ..."""
+        return self.lr[sum(step >= boundary for boundary in self.lr_steps)]
+
+    def eps_at(self, step: int) -> float:
+        """Attack radius of step 0, 1, ..."""
+        if not self.eps_warmup:
+            return self.eps
+        begin, end = self.eps_warmup
+        return self.eps * min(max((step - begin) / (end - begin), 0.0), 1.0)
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+_MNIST = dict(
+    dataset="mnist",
+    model="small",
+    compare=[],
+    epochs=100,
+    batch_size=50,
+    lr=[1e-4],
+    eps=0.3,
+    eps_warmup=[2000, 10000],
+    attack_steps=40,
+    step_size=0.01,
+    gamma=0.01,
+    eval_eps=[0.1, 0.2, 0.3],
+)
+# The released timing runs: one epoch at the full, constant eps.
+_ONE_EPOCH = dict(epochs=1, eps_warmup=[])
+
+RECIPES: dict[str, dict] = {
+    "digits-small-int": dict(
+        dataset="digits",
+        model="small",
+        method="int",
+        compare=["normal"],
+        epochs=20,
+        batch_size=50,
+        lr=[1e-3],
+        eps=0.2,
+        eps_warmup=[50, 200],
+        attack_steps=10,
+        step_size=0.04,
+        gamma=0.01,
+        eval_eps=[0.05, 0.1, 0.15, 0.2],
+        eval_steps=100,
+    ),
+    **{
+        f"mnist-small-{method}{suffix}": {**_MNIST, "method": method, **extra}
+        for method in METHODS
+        for suffix, extra in (("", {}), ("-1epoch", _ONE_EPOCH))
+    },
+}
+
+DEFAULT_RECIPE = "digits-small-int"
+
+
+def recipe(name: str) -> TrainConfig:
+    """The configuration of a named recipe.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"unknown recipe {name!r}; use one of {', '.join(RECIPES)}")
+    return TrainConfig(**RECIPES[name])
+
+
+OPTIONS = fields(TrainConfig)

@@ -1,0 +1,215 @@
+"""The training loop of one method, and the run of several side by side."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from fastinterp.data import Dataset
+from fastinterp.models import create_model
+from fastinterp.objectives import METHODS
+from fastinterp.training import checkpoint
+from fastinterp.training.config import TrainConfig
+from fastinterp.training.metrics import MetricsLog
+from fastinterp.training.optimizer import EpsilonHatAdam
+from fastinterp.training.rng import RNGS
+
+LOG_EVERY = 10  # steps; also how often a GPU run waits for its device
+CHECKPOINT_SECONDS = 10.0
+
+
+class Interrupted(Exception):
+    """The run was asked to stop; its last finished step is saved."""
+
+
+class TrainingDiverged(Exception):
+    """The loss is NaN or infinite; the last checkpoint is from before."""
+
+
+class StopRequest:
+    """Turns Ctrl-C and SIGTERM into a flag that the loop reads between steps."""
+
+    def __init__(self):
+        self.requested = False
+
+    def _handle(self, signum, frame):
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[StopRequest]:
+        previous = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for signum, handler in previous.items():
+                signal.signal(signum, handler)
+
+
+class Trainer:
+    """Trains one method and keeps its checkpoints and metrics below ``folder``.
+
+    Args:
+        config: checked.
+        method: one of METHODS.
+        data: training images stay on the CPU or are moved whole to ``device``.
+        folder: of this method in the run; an unfinished run there is continued.
+        device: where to train.
+    """
+
+    def __init__(
+        self, config: TrainConfig, method: str, data: Dataset, folder: Path, device: torch.device
+    ):
+        self.config, self.method, self.folder, self.device = config, method, folder, device
+        self.train = data.train.to(device)
+        self.rng = RNGS[config.rng](config.seed)
+        self.model = create_model(config.model, data.train.images.shape[1], data.num_classes)
+        self.rng.initialise(self.model)
+        self.model.to(device)
+        self.objective = METHODS[method](
+            self.model, step_size=config.step_size, steps=config.attack_steps, gamma=config.gamma
+        )
+        self.optimizer = EpsilonHatAdam(self.model.parameters(), lr=config.lr[0])
+        self.steps_per_epoch = len(self.train) // config.batch_size
+        if self.steps_per_epoch == 0:
+            raise ValueError(
+                f"batch_size must be at most the {len(self.train)} training images, got "
+                f"{config.batch_size}"
+            )
+        self.total_steps = config.epochs * self.steps_per_epoch
+        self.step = 0
+        self.order: torch.Tensor | None = None
+
+    def resume(self) -> bool:
+        """Continues from the newest checkpoint, if there is one."""
+        newest = checkpoint.latest(self.folder / "checkpoints")
+        if newest is None:
+            return False
+        state = checkpoint.load(newest, self.model)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.rng.load_state_dict(state["rng"])
+        self.step, self.order = state["step"], state["order"]
+        return True
+
+    def save(self) -> None:
+        state = {
+            "step": self.step,
+            "order": self.order,
+            "optimizer": self.optimizer.state_dict(),
+            "rng": self.rng.state_dict(),
+        }
+        checkpoint.save(self.folder / "checkpoints", self.step, self.model, state)
+
+    def run(self, stop: StopRequest, quiet: bool = False) -> nn.Module:
+        """Trains to the end.
+
+        Returns:
+            The trained model, also written to ``folder/model.safetensors``.
+
+        Raises:
+            Interrupted: ``stop`` was requested; the last step is saved.
+            TrainingDiverged: the loss is not finite.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        bar = tqdm(
+            total=self.total_steps,
+            initial=self.step,
+            desc=self.method,
+            unit="step",
+            disable=quiet,
+            mininterval=0.5,
+        )
+        saved_at = time.monotonic()
+        with bar, MetricsLog(self.folder, after_step=self.step) as log:
+            timer = _Timer(self.step)
+            try:
+                while self.step < self.total_steps and not stop.requested:
+                    loss, parts = self._step()
+                    self.step += 1
+                    bar.update(1)
+                    if self.step % LOG_EVERY == 0 or self.step == self.total_steps:
+                        row = self._row(loss, parts, timer)
+                        log.write(row)
+                        bar.set_postfix(_postfix(row))
+                    if time.monotonic() - saved_at > CHECKPOINT_SECONDS:
+                        self._require_finite(loss)
+                        self.save()
+                        saved_at = time.monotonic()
+            except TrainingDiverged:
+                raise
+            except BaseException:
+                # Between steps the state is whole; within one, only an unfinished update would
+                # not be, and an exception leaves _step before the update or not at all.
+                self.save()
+                raise
+            if self.step:
+                self.save()
+        if self.step < self.total_steps:
+            raise Interrupted(f"{self.method} stopped after step {self.step}")
+        checkpoint.save_model(self.model, self.folder / "model.safetensors")
+        return self.model
+
+    def _step(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        config, position = self.config, self.step % self.steps_per_epoch
+        if position == 0:
+            self.order = self.rng.permutation(len(self.train))
+        batch = config.batch_size
+        index = self.order[position * batch : (position + 1) * batch]
+        x, y = self.train.batch(index.to(self.device))
+        eps = config.eps_at(self.step)
+        start = self.rng.start(x, eps) if eps > 0 and self.method != "normal" else None
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.lr_at(self.step)
+        loss, parts = self.objective(x, y, eps, start)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach(), parts
+
+    def _require_finite(self, loss: torch.Tensor) -> float:
+        value = loss.item()
+        if not math.isfinite(value):
+            raise TrainingDiverged(
+                f"the loss of {self.method} is {value} at step {self.step}; lower lr or gamma. "
+                f"The last good checkpoint is in {self.folder / 'checkpoints'}"
+            )
+        return value
+
+    def _row(self, loss, parts, timer: _Timer) -> dict:
+        return {
+            "step": self.step,
+            "epoch": self.step / self.steps_per_epoch,
+            "loss": self._require_finite(loss),
+            **{name: value.item() for name, value in parts.items()},
+            "lr": self.config.lr_at(self.step - 1),
+            "eps": self.config.eps_at(self.step - 1),
+            "images_per_second": timer.rate(self.step) * self.config.batch_size,
+        }
+
+
+class _Timer:
+    def __init__(self, step: int):
+        self.step, self.time = step, time.perf_counter()
+
+    def rate(self, step: int) -> float:
+        """Steps per second since the last call."""
+        now = time.perf_counter()
+        rate = (step - self.step) / max(now - self.time, 1e-9)
+        self.step, self.time = step, now
+        return rate
+
+
+def _postfix(row: dict) -> dict[str, str]:
+    shown = {"loss": f"{row['loss']:.3f}"}
+    if "discrepancy" in row:
+        shown["D"] = f"{row['discrepancy']:.2f}"
+    return {**shown, "img/s": f"{row['images_per_second']:.0f}"}

@@ -1,0 +1,59 @@
+"""Fixtures shared by the tests. Real data and released weights lie beside the repository."""
+
+import os
+from pathlib import Path
+
+import torch
+
+if not torch.cuda.is_available():
+    # Triton kernels are decorated at import and must know by then that they are interpreted.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import numpy as np
+import pytest
+
+SHARED = Path(__file__).parents[1].parent / "shared"
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=["cpu", "reference"])
+def backend(request, monkeypatch):
+    """Runs a test once with the compiled CPU kernels and once with the plain torch reference."""
+    monkeypatch.setenv("FASTINTERP_BACKEND", request.param)
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def data_dir():
+    folder = SHARED / "data"
+    if not (folder / "mnist").is_dir():
+        pytest.skip(f"MNIST is not in {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def released():
+    """Folder of the networks that the paper's authors released."""
+    folder = SHARED / "reference"
+    if not folder.is_dir():
+        pytest.skip(f"the released weights are not in {folder}")
+    return folder
+
+
+@pytest.fixture
+def small_net():
+    from fastinterp.models import create_model, init_paper
+
+    net = create_model("small", 1, 10)
+    init_paper(net, np.random.RandomState(99))
+    return net
+
+
+@pytest.fixture
+def batch():
+    """Eight 28x28 images in [0,1] and labels."""
+    return torch.rand(8, 1, 28, 28), torch.randint(0, 10, (8,))
