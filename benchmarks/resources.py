@@ -66,9 +66,7 @@ def _cam_discrepancy(dtype, norm, shape, classes, channels_last):
     per_class = _empty(shape[0], shape[1] if classes is None else classes, dtype=acc)
     total = _empty(shape[0], dtype=acc)
     launch.cam_discrepancy_forward(maps(), maps(), head, per_class, norm, total, per_class)
-    launch.cam_discrepancy_backward(
-        per_class, maps(), maps(), head, per_class, norm, maps(), head
-    )
+    launch.cam_discrepancy_backward(per_class, maps(), maps(), head, per_class, norm, maps(), head)
 
 
 def triton_cases() -> Iterator[tuple[str, Callable[[], None]]]:

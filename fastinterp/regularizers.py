@@ -152,9 +152,7 @@ class InterpretationRegularizer(nn.Module):
 
             def objective(z):
                 features_z, head, logits_z = run(z)
-                return discrepancy(
-                    clean, features_z, head, logits_z, y, **self._distance
-                ).sum()
+                return discrepancy(clean, features_z, head, logits_z, y, **self._distance).sum()
 
             return maximise(
                 objective,

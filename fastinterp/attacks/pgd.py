@@ -18,7 +18,7 @@ from fastinterp.ops import attack_step
 def random_start(
     x: torch.Tensor, eps: float, norm: str = "Linf", generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """A random perturbation like x: uniform in the eps box (Linf), or uniform in the eps ball (L2)."""
+    """A random perturbation like x, uniform in the eps box (Linf) or in the eps ball (L2)."""
     if norm == "Linf":
         return torch.empty_like(x).uniform_(-eps, eps, generator=generator)
     direction = torch.empty_like(x).normal_(generator=generator).flatten(1)

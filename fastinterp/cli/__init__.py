@@ -42,9 +42,7 @@ def add_common(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice"
     )
-    parser.add_argument(
-        "--traceback", action="store_true", help="show where an error came from"
-    )
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
 
 
 def set_up_device(device: str, threads: int):

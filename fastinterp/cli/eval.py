@@ -45,9 +45,7 @@ def parser(argv: list[str]) -> ArgumentParser:
 
 def run(arguments) -> int:
     if arguments.attack not in ATTACKS:
-        raise ValueError(
-            f"--attack must be one of {', '.join(ATTACKS)}, got {arguments.attack!r}"
-        )
+        raise ValueError(f"--attack must be one of {', '.join(ATTACKS)}, got {arguments.attack!r}")
     if arguments.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {arguments.batch_size}")
     radii = arguments.eps if arguments.attack == "pgd" else []

@@ -70,6 +70,12 @@ def parser(argv: list[str]) -> ArgumentParser:
         default=None,
         help="auto, or the folder of a run: continue it with its own configuration",
     )
+    train.add_argument(
+        "--checkpoint-seconds",
+        type=float,
+        default=10.0,
+        help="write a checkpoint this often; 0 after every step",
+    )
     add_common(train)
     train.add_argument("--quiet", action="store_true", help="no progress bar")
     defaults = _defaults(argv) if argv[:1] == ["train"] else recipe(DEFAULT_RECIPE)
@@ -100,7 +106,15 @@ def run(arguments) -> int:
     prepare(folder, config, resume)
     print(f"{'continuing' if resume else 'run folder'}: {folder}", flush=True)
     try:
-        results = execute(folder, config, data, device, resume=resume, quiet=arguments.quiet)
+        results = execute(
+            folder,
+            config,
+            data,
+            device,
+            resume=resume,
+            quiet=arguments.quiet,
+            checkpoint_seconds=arguments.checkpoint_seconds,
+        )
     except Interrupted as stopped:
         data_dir = f" --data-dir {arguments.data_dir}" if arguments.data_dir else ""
         print(f"{stopped}; go on with: fastinterp train --resume {folder}{data_dir}")

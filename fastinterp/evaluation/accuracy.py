@@ -72,9 +72,7 @@ def evaluate_pgd(
         if network is None:
             network = _cam_network(model, x)
         for i, radius in enumerate(eps):
-            x_adv = pgd(
-                model, x, y, eps=radius, steps=steps, step_size=step_size, network=network
-            )
+            x_adv = pgd(model, x, y, eps=radius, steps=steps, step_size=step_size, network=network)
             correct[i] += accuracy(model, x_adv, y) * len(part)
             progress(len(part))
     return {
@@ -88,7 +86,7 @@ def evaluate_pgd(
 
 
 def _cam_network(model: nn.Module, x: torch.Tensor) -> CamNetwork | None:
-    """The network's folded form makes PGD cheaper; a model without that head is attacked as it is."""
+    """Its folded form makes PGD cheaper; a model without that head is attacked as it is."""
     try:
         return CamNetwork(model, x)
     except UnsupportedModelError:

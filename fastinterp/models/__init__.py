@@ -36,7 +36,7 @@ def init_paper(model: nn.Module, rng: np.random.RandomState) -> None:
     """Draws a network's weights from numpy's legacy generator, in the released code's order.
 
     Each convolution is normal(0, 1 / (k k c_in)) drawn as (c_out, k k c_in), which the released
-    code transposes and reshapes to (k, k, c_in, c_out); biases are zero; the head is normal(0, 1/C).
+    code transposes and reshapes to (k, k, c_in, c_out); biases are 0; the head is normal(0, 1/C).
     """
     for i in range(model.convolutions):
         convolution = model.conv(i)

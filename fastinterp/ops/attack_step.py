@@ -259,7 +259,9 @@ def _backward(ctx, grad_out):
         projected = o + shrink * d
         upstream = upstream * ((projected >= ctx.clip_min) & (projected <= ctx.clip_max))
         unit = d / torch.where(length > 0, length, 1)
-        grad_x = shrink * (upstream - torch.where(length > radius, 1, 0) * unit * _dot(unit, upstream))
+        grad_x = shrink * (
+            upstream - torch.where(length > radius, 1, 0) * unit * _dot(unit, upstream)
+        )
         grad_origin = upstream - grad_x
         direction = _direction(grad32, "L2")
         size = _length(grad32)
@@ -273,6 +275,4 @@ def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (a * b).flatten(1).sum(1).reshape(len(a), *[1] * (a.dim() - 1))
 
 
-torch.library.register_autograd(
-    "fastinterp::attack_step", _backward, setup_context=_setup_context
-)
+torch.library.register_autograd("fastinterp::attack_step", _backward, setup_context=_setup_context)

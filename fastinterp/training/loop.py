@@ -23,7 +23,6 @@ from fastinterp.training.optimizer import EpsilonHatAdam
 from fastinterp.training.rng import RNGS
 
 LOG_EVERY = 10  # steps; also how often a GPU run waits for its device
-CHECKPOINT_SECONDS = 10.0
 
 
 class Interrupted(Exception):
@@ -64,12 +63,21 @@ class Trainer:
         data: training images stay on the CPU or are moved whole to ``device``.
         folder: of this method in the run; an unfinished run there is continued.
         device: where to train.
+        checkpoint_seconds: how much work a killed process may lose; an exception or a request to
+            stop loses at most the current step.
     """
 
     def __init__(
-        self, config: TrainConfig, method: str, data: Dataset, folder: Path, device: torch.device
+        self,
+        config: TrainConfig,
+        method: str,
+        data: Dataset,
+        folder: Path,
+        device: torch.device,
+        checkpoint_seconds: float = 10.0,
     ):
         self.config, self.method, self.folder, self.device = config, method, folder, device
+        self.checkpoint_seconds = checkpoint_seconds
         self.train = data.train.to(device)
         self.rng = RNGS[config.rng](config.seed)
         self.model = create_model(config.model, data.train.images.shape[1], data.num_classes)
@@ -88,6 +96,8 @@ class Trainer:
         self.total_steps = config.epochs * self.steps_per_epoch
         self.step = 0
         self.order: torch.Tensor | None = None
+        self._rng_before_step = self.rng.state_dict()
+        self._updating = False
 
     def resume(self) -> bool:
         """Continues from the newest checkpoint, if there is one."""
@@ -100,12 +110,13 @@ class Trainer:
         self.step, self.order = state["step"], state["order"]
         return True
 
-    def save(self) -> None:
+    def save(self, rng_state: dict | None = None) -> None:
+        """Writes a checkpoint of the finished steps; ``rng_state`` defaults to the present one."""
         state = {
             "step": self.step,
             "order": self.order,
             "optimizer": self.optimizer.state_dict(),
-            "rng": self.rng.state_dict(),
+            "rng": rng_state or self.rng.state_dict(),
         }
         checkpoint.save(self.folder / "checkpoints", self.step, self.model, state)
 
@@ -125,7 +136,7 @@ class Trainer:
             initial=self.step,
             desc=self.method,
             unit="step",
-            disable=quiet,
+            disable=True if quiet else None,  # None: only on a terminal
             mininterval=0.5,
         )
         saved_at = time.monotonic()
@@ -134,31 +145,31 @@ class Trainer:
             try:
                 while self.step < self.total_steps and not stop.requested:
                     loss, parts = self._step()
-                    self.step += 1
                     bar.update(1)
                     if self.step % LOG_EVERY == 0 or self.step == self.total_steps:
                         row = self._row(loss, parts, timer)
                         log.write(row)
                         bar.set_postfix(_postfix(row))
-                    if time.monotonic() - saved_at > CHECKPOINT_SECONDS:
+                    if time.monotonic() - saved_at >= self.checkpoint_seconds:
                         self._require_finite(loss)
                         self.save()
                         saved_at = time.monotonic()
             except TrainingDiverged:
                 raise
             except BaseException:
-                # Between steps the state is whole; within one, only an unfinished update would
-                # not be, and an exception leaves _step before the update or not at all.
-                self.save()
+                # An unfinished step has drawn random numbers but, unless it was updating, has not
+                # touched the weights: it can be taken again.
+                if not self._updating:
+                    self.save(self._rng_before_step)
                 raise
-            if self.step:
-                self.save()
+            self.save()
         if self.step < self.total_steps:
             raise Interrupted(f"{self.method} stopped after step {self.step}")
         checkpoint.save_model(self.model, self.folder / "model.safetensors")
         return self.model
 
     def _step(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        self._rng_before_step = self.rng.state_dict()
         config, position = self.config, self.step % self.steps_per_epoch
         if position == 0:
             self.order = self.rng.permutation(len(self.train))
@@ -172,7 +183,11 @@ class Trainer:
         loss, parts = self.objective(x, y, eps, start)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        self._updating = True
         self.optimizer.step()
+        self.step += 1
+        self._rng_before_step = self.rng.state_dict()
+        self._updating = False
         return loss.detach(), parts
 
     def _require_finite(self, loss: torch.Tensor) -> float:

@@ -78,7 +78,9 @@ def read_config(folder: Path) -> TrainConfig:
 
 def _require_same(config: TrainConfig, started: TrainConfig, folder: Path) -> None:
     now, then = config.to_dict(), started.to_dict()
-    changed = [f"{name}: {then[name]!r}, now {now[name]!r}" for name in now if now[name] != then[name]]
+    changed = [
+        f"{name}: {then[name]!r}, now {now[name]!r}" for name in now if now[name] != then[name]
+    ]
     if changed:
         raise ValueError(
             f"{folder} was started with another configuration ({'; '.join(changed)}); use the same "
@@ -94,6 +96,7 @@ def execute(
     *,
     resume: bool,
     quiet: bool = False,
+    checkpoint_seconds: float = 10.0,
 ) -> list[dict]:
     """Trains every method of the run, evaluates them on the same images and writes the results.
 
@@ -104,6 +107,7 @@ def execute(
         device: where to train.
         resume: continue from the checkpoints in ``folder``.
         quiet: no progress bars.
+        checkpoint_seconds: see Trainer.
 
     Returns:
         One row per method, as written to ``results.json``.
@@ -115,7 +119,7 @@ def execute(
     results = []
     with StopRequest().listening() as stop:
         for method in config.methods:
-            trainer = Trainer(config, method, data, folder / method, device)
+            trainer = Trainer(config, method, data, folder / method, device, checkpoint_seconds)
             if resume:
                 trainer.resume()
             begin = time.perf_counter()

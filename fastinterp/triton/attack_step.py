@@ -140,7 +140,12 @@ def attack_step(x, grad, origin, eps, step_size, norm, clip_min, clip_max, out):
         block = min(max(triton.next_power_of_2(inner), 1024), 4096)
         kernel, grid = _l2_kernel, (examples,)
         smallest_normal = torch.finfo(eps.dtype).tiny
-        meta = {"SMALLEST_NORMAL": smallest_normal, "BLOCK": block, "num_warps": block // 256}
+        meta = {
+            "SMALLEST_NORMAL": smallest_normal,
+            "BLOCK": block,
+            "num_warps": block // 256,
+            "maxnreg": 128,
+        }
     kernel[grid](
         x,
         grad,

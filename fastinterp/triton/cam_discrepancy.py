@@ -13,18 +13,15 @@ import torch
 import triton
 import triton.language as tl
 
-# Tile sizes were chosen for the register file: `python -m benchmarks.resources` shows no spills.
-# One pipeline stage, because prefetched tiles of 64-bit addresses are what spills first.
-_FORWARD = {"BLOCK_P": 64, "BLOCK_I": 32, "num_warps": 4, "num_stages": 1}
-_FEATURES = {"BLOCK_C": 128, "BLOCK_P": 32, "BLOCK_I": 32, "num_warps": 8, "num_stages": 1}
-_HEAD = {"BLOCK_C": 128, "BLOCK_P": 16, "BLOCK_I": 32, "num_warps": 8, "num_stages": 1}
+# Tiles fit the register file: `python -m benchmarks.resources` shows no spills. One pipeline stage,
+# because prefetched tiles of 64-bit addresses spill first; an explicit register limit, because
+# ptxas otherwise spills a few bytes to fit one more block on a multiprocessor.
+_OPTIONS = {"num_stages": 1, "maxnreg": 255}
 _HEAD_PROGRAMS = 256  # enough for the device; fixed, so that results do not depend on it
 
 
 @triton.jit
-def _difference(
-    features, adv, c, p, channels, pixels, f_c, f_p, a_c, a_p, acc: tl.constexpr
-):
+def _difference(features, adv, c, p, channels, pixels, f_c, f_p, a_c, a_p, acc: tl.constexpr):
     """features - adv at channels c and pixels p of one example, zero outside."""
     inside = (c < channels)[:, None] & (p < pixels)[None, :]
     c = c.to(tl.int64)[:, None]
@@ -284,6 +281,11 @@ def _class_block(classes, large):
     return 16 if classes <= 16 else large
 
 
+def _channel_block(channels):
+    # M is computed once per block of channels, so large blocks save work.
+    return 128 if channels <= 128 else 256
+
+
 def cam_discrepancy_forward(
     features, features_adv, head, class_weights, norm, discrepancy, distances
 ):
@@ -321,7 +323,10 @@ def cam_discrepancy_forward(
         L1=norm == "l1",
         ONE_BLOCK=blocks == 1,
         BLOCK_K=block,
-        **_FORWARD,
+        BLOCK_P=64,
+        BLOCK_I=16,
+        num_warps=4,
+        **_OPTIONS,
     )
     if blocks > 1:
         _total_kernel[(examples,)](class_weights, distances, discrepancy, classes, BLOCK=1024)
@@ -350,10 +355,11 @@ def cam_discrepancy_backward(
     examples, channels, classes, pixels = sizes
     inputs = class_grad, features, features_adv, head, distances
     strides = *_strides(features), *_strides(features_adv)
-    meta = {"L1": norm == "l1", "BLOCK_K": _class_block(classes, large=32)}
+    block_k, block_c = _class_block(classes, large=32), _channel_block(channels)
+    meta = {"L1": norm == "l1", "BLOCK_K": block_k, "BLOCK_C": block_c, "num_warps": 8, **_OPTIONS}
     if grad_features_adv is not None:
-        tiles = triton.cdiv(channels, _FEATURES["BLOCK_C"])
-        tiles *= triton.cdiv(pixels, _FEATURES["BLOCK_P"])
+        block_p = 4096 // block_c
+        tiles = triton.cdiv(channels, block_c) * triton.cdiv(pixels, block_p)
         _features_kernel[(examples * tiles,)](
             *inputs,
             grad_features_adv,
@@ -362,12 +368,13 @@ def cam_discrepancy_backward(
             pixels,
             *strides,
             *_strides(grad_features_adv),
+            BLOCK_P=block_p,
+            BLOCK_I=32,
             **meta,
-            **_FEATURES,
         )
     if grad_head is not None:
-        tiles = triton.cdiv(channels, _HEAD["BLOCK_C"]) * triton.cdiv(classes, meta["BLOCK_K"])
-        steps = examples * triton.cdiv(pixels, _HEAD["BLOCK_P"])
+        tiles = triton.cdiv(channels, block_c) * triton.cdiv(classes, block_k)
+        steps = examples * triton.cdiv(pixels, 16)
         splits = min(steps, triton.cdiv(_HEAD_PROGRAMS, tiles))
         partial = grad_head if splits == 1 else grad_head.new_empty(splits, classes, channels)
         _head_kernel[(splits * tiles,)](
@@ -379,8 +386,9 @@ def cam_discrepancy_backward(
             pixels,
             *strides,
             splits,
+            BLOCK_P=16,
+            BLOCK_I=16,
             **meta,
-            **_HEAD,
         )
         if splits > 1:
             torch.sum(partial, 0, out=grad_head)

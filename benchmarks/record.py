@@ -1,0 +1,63 @@
+"""Rows of benchmark results: one CSV for everything, with what a row needs to be read alone."""
+
+from __future__ import annotations
+
+import csv
+import platform
+import statistics
+import subprocess
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+FIELDS = (
+    *("benchmark", "case", "side", "ms_p20", "ms_p50", "ms_p80", "ratio", "check"),
+    *("device", "threads", "torch", "python", "commit"),
+)
+
+
+def device_name() -> str:
+    """The GPU's name, or the processor's as Linux reports it."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    for line in info.read_text().splitlines() if info.exists() else ():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def commit() -> str:
+    """Short hash of the checkout, with -dirty when it has changes."""
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    return done.stdout.strip() or "unknown"
+
+
+def quantiles(seconds: list[float]) -> dict[str, str]:
+    """Milliseconds at 20, 50 and 80 percent."""
+    deciles = statistics.quantiles(seconds, n=10, method="inclusive")
+    return {f"ms_p{name}": f"{1e3 * deciles[i]:.4g}" for name, i in ((20, 1), (50, 4), (80, 7))}
+
+
+def append(path: Path, rows: list[dict]) -> None:
+    """Adds rows to a CSV, with the machine and the versions filled in."""
+    here = {
+        "device": device_name(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": commit(),
+    }
+    new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, restval="")
+        if new:
+            writer.writeheader()
+        writer.writerows({**row, **here} for row in rows)

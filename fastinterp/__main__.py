@@ -1,0 +1,5 @@
+import sys
+
+from fastinterp.cli import main
+
+sys.exit(main())

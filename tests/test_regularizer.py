@@ -1,0 +1,228 @@
+import pytest
+import torch
+from test_maps import BatchNormNet
+from torch import nn
+from torch.nn import functional as F
+
+from fastinterp import InterpretationRegularizer
+from fastinterp.attacks import maximise, pgd, random_start
+from fastinterp.maps import CamNetwork
+from fastinterp.objectives import METHODS
+
+ATTACK = dict(eps=0.1, step_size=0.02, steps=3)
+
+
+def plain_int(net, x, y, start, eps, step_size, steps):
+    """The paper's regularizer as a user would write it; also x'."""
+
+    def maps(z):
+        features = net.features(z)
+        return torch.einsum("kc,nchw->nkhw", net.head.weight, features)
+
+    def d(z):
+        per_class = (maps(x) - maps(z)).abs().sum((2, 3))
+        p = net(z).softmax(1)
+        true = F.one_hot(y, p.shape[1]).to(p)
+        q = p * (1 - true) / (p * (1 - true)).sum(1, keepdim=True)
+        return ((true + q) * per_class).sum(1)
+
+    z = (x + start).clamp(0, 1)
+    for _ in range(steps):
+        z.requires_grad_()
+        (grad,) = torch.autograd.grad(d(z).sum(), z)
+        z = (z.detach() + step_size * grad.sign()).clamp(x - eps, x + eps).clamp(0, 1)
+    return d(z).mean(), z
+
+
+@pytest.mark.parametrize("folded", [True, False])
+def test_value_and_gradients_are_those_of_the_plain_formula(backend, small_net, batch, folded):
+    net, (x, y) = small_net.double(), (batch[0].double(), batch[1])
+    if not folded:
+        net.conv2.register_forward_hook(lambda *_: None)
+    start = random_start(x, 0.1)
+    reg = InterpretationRegularizer("cam", **ATTACK)
+    value, aux = reg(net, x, y, start=start, return_aux=True)
+    expected, z = plain_int(net, x, y, start, 0.1, 0.02, 3)
+    torch.testing.assert_close(aux.x_adv, z, rtol=0, atol=1e-12)
+    torch.testing.assert_close(value, expected)
+    got = torch.autograd.grad(value, list(net.parameters()))
+    wanted = torch.autograd.grad(expected, list(net.parameters()))
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(aux.logits, net(x))
+
+
+def test_the_maximisation_raises_the_discrepancy(small_net, batch):
+    x, y = batch
+    start = random_start(x, 0.1)
+    values = [
+        InterpretationRegularizer("cam", eps=0.1, step_size=0.02, steps=steps)(
+            small_net, x, y, start=start
+        ).item()
+        for steps in (1, 5, 20)
+    ]
+    assert values == sorted(values) and values[2] > 1.2 * values[0]
+
+
+def test_nothing_of_the_users_changes(batch):
+    net, (x, y) = BatchNormNet(), (batch[0], batch[1] % 5)
+    net.train()
+    net.body[1].eval()
+    net.fc.bias.requires_grad_(False)
+    net.fc.weight.grad = torch.ones_like(net.fc.weight)
+    state = {name: t.clone() for name, t in net.state_dict().items()}
+    flags = [module.training for module in net.modules()]
+    buffers = [id(b) for b in net.buffers()]
+    reg = InterpretationRegularizer("cam", **ATTACK)
+    (F.cross_entropy(net(x), y) + 0.01 * reg(net, x, y)).backward()
+    assert [module.training for module in net.modules()] == flags
+    assert [id(b) for b in net.buffers()] == buffers
+    assert all(torch.equal(state[name], t) for name, t in net.state_dict().items())
+    assert not x.requires_grad and net.fc.bias.grad is None
+
+    net.train()
+    state = {name: t.clone() for name, t in net.state_dict().items()}
+    net.zero_grad()
+    reg(net, x, y)
+    assert all(torch.equal(state[name], t) for name, t in net.state_dict().items())
+    assert all(p.grad is None for p in net.parameters())
+    with pytest.raises(RuntimeError):
+        reg(net, x[:, :, :2, :2], y)
+    assert all(module.training for module in net.modules())
+    assert [id(b) for b in net.buffers()] == buffers
+
+
+def test_every_parameter_gets_a_gradient(small_net, batch):
+    InterpretationRegularizer("cam", **ATTACK)(small_net, *batch).backward()
+    assert all(p.grad.abs().sum() > 0 for p in small_net.parameters())
+
+
+@pytest.mark.parametrize("arguments", [dict(norm="L2", map_norm="l2"), dict(classes="two")])
+def test_other_forms_stay_in_the_ball(small_net, batch, arguments):
+    x, y = batch
+    reg = InterpretationRegularizer("cam", eps=0.5, step_size=0.2, steps=4, **arguments)
+    value, aux = reg(small_net, x, y, return_aux=True)
+    offset = (aux.x_adv - x).flatten(1)
+    length = offset.norm(dim=1) if arguments.get("norm") == "L2" else offset.abs().amax(1)
+    assert length.max() <= 0.5 + 1e-5 and length.min() > 0
+    assert value > 0 and aux.x_adv.min() >= 0 and aux.x_adv.max() <= 1
+
+
+def test_works_in_bfloat16_autocast_and_channels_last(small_net, batch):
+    x, y = batch
+    reg = InterpretationRegularizer("cam", **ATTACK)
+    start = random_start(x, 0.1)
+    exact = reg(small_net, x, y, start=start)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = reg(small_net, x, y, start=start)
+    assert low.dtype == torch.float32
+    torch.testing.assert_close(low, exact, rtol=0.1, atol=0)
+    last = small_net.to(memory_format=torch.channels_last)
+    again = reg(last, x.to(memory_format=torch.channels_last), y, start=start)
+    torch.testing.assert_close(again, exact, rtol=1e-3, atol=0)
+
+
+def test_torchvision_resnet():
+    torchvision = pytest.importorskip("torchvision", exc_type=(ImportError, RuntimeError))
+    net = torchvision.models.resnet18(num_classes=7)
+    x, y = torch.rand(2, 3, 64, 64), torch.tensor([0, 6])
+    state = {name: t.clone() for name, t in net.state_dict().items()}
+    reg = InterpretationRegularizer("cam", eps=8 / 255, step_size=2 / 255, steps=2)
+    value = reg(net, x, y)
+    value.backward()
+    assert value > 0 and net.conv1.weight.grad.abs().sum() > 0
+    assert all(torch.equal(state[name], t) for name, t in net.state_dict().items())
+
+
+X, Y = torch.rand(4, 1, 28, 28), torch.tensor([0, 1, 2, 9])
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "error", "match"),
+    [
+        (X.masked_fill(X > 0.99, torch.nan), Y, ValueError, "x holds NaN"),
+        (X * 255, Y, ValueError, r"x must lie in \[0, 1\].*put any normalisation inside"),
+        (X - 0.5, Y, ValueError, r"x must lie in \[0, 1\]"),
+        (X[0], Y, ValueError, r"x must be images \(N, C, H, W\), got shape \(1, 28, 28\)"),
+        ((X * 255).byte(), Y, TypeError, "convert uint8 images"),
+        (X, Y.float(), TypeError, "y must be an int64 tensor .* got torch.float32"),
+        (X, Y[:3], ValueError, r"y must have shape \(4,\), got \(3,\)"),
+        (X, Y + 1, ValueError, r"y must lie in \[0, 9\], got 1 to 10"),
+        (X, Y - 1, ValueError, r"y must lie in \[0, 9\], got -1 to 8"),
+    ],
+)
+@pytest.mark.parametrize("use", ["regularizer", "pgd"])
+def test_bad_batches(small_net, use, x, y, error, match):
+    with pytest.raises(error, match=match):
+        if use == "pgd":
+            pgd(small_net, x, y, **ATTACK)
+        else:
+            InterpretationRegularizer("cam", **ATTACK)(small_net, x, y)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (dict(eps=-0.1), "eps must be a finite number >= 0, got -0.1"),
+        (dict(steps=0), "steps must be at least 1, got 0"),
+        (dict(step_size=0.0), "step_size must be a finite number > 0"),
+        (dict(classes="three"), "classes must be one of one, two, all, weighted, got 'three'"),
+        (dict(map="saliency"), "map must be one of cam"),
+        (dict(normalize="mean"), "normalize must be one of none, pixels"),
+    ],
+)
+def test_bad_settings(change, match):
+    with pytest.raises(ValueError, match=match):
+        InterpretationRegularizer(**(ATTACK | change))
+
+
+def test_no_grad_is_refused(small_net):
+    with torch.no_grad(), pytest.raises(RuntimeError, match="needs gradients"):
+        InterpretationRegularizer("cam", **ATTACK)(small_net, X, Y)
+
+
+@pytest.mark.parametrize("network", [True, False])
+def test_pgd_is_the_plain_loop(small_net, batch, network):
+    net, (x, y) = small_net.double(), (batch[0].double(), batch[1])
+    z = x
+    for _ in range(4):
+        z = z.detach().requires_grad_()
+        (grad,) = torch.autograd.grad(F.cross_entropy(net(z), y), z)
+        z = (z.detach() + 0.03 * grad.sign()).clamp(x - 0.1, x + 0.1).clamp(0, 1)
+    got = pgd(
+        net, x, y, eps=0.1, step_size=0.03, steps=4, network=CamNetwork(net, x) if network else None
+    )
+    torch.testing.assert_close(got, z, rtol=0, atol=1e-12)
+    assert pgd(net, x[:0], y[:0], **ATTACK).shape == (0, 1, 28, 28)
+
+
+def test_pgd_on_any_model(batch):
+    net = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(784, 10))
+    x, y = batch
+    x_adv = pgd(net, x, y, **ATTACK)
+    assert F.cross_entropy(net.eval()(x_adv), y) > F.cross_entropy(net(x), y)
+
+
+def test_random_starts():
+    x = torch.zeros(500, 1, 8, 8)
+    box = random_start(x, 0.3)
+    assert box.min() >= -0.3 and box.max() <= 0.3 and box.std() > 0.16
+    ball = random_start(x, 2.0, "L2").flatten(1).norm(dim=1)
+    assert ball.max() <= 2.0001 and ball.median() > 1.9
+    z = maximise(lambda z: z.sum(), x[:2], eps=0.3, step_size=0.1, steps=1, start=box[:2])
+    torch.testing.assert_close(z, (box[:2].clamp(0, 1) + 0.1).clamp(-0.3, 0.3))
+
+
+def test_objectives(small_net, batch):
+    x, y = batch
+    start = random_start(x, 0.1)
+    losses = {}
+    for name, method in METHODS.items():
+        objective = method(small_net, step_size=0.02, steps=3)
+        losses[name], parts = objective(x, y, 0.1, start)
+        at_zero, _ = objective(x, y, 0.0, None)
+        torch.testing.assert_close(at_zero, F.cross_entropy(small_net(x), y))
+        assert not any(value.requires_grad for value in parts.values())
+    value, _ = plain_int(small_net, x, y, start, 0.1, 0.02, 3)
+    torch.testing.assert_close(losses["int"], losses["normal"] + 0.01 * value)
+    assert losses["adv"] > losses["normal"]

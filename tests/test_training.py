@@ -1,0 +1,328 @@
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastinterp.data import Dataset, Split
+from fastinterp.models import create_model, init_paper, load_weights
+from fastinterp.training import RECIPES, TrainConfig, Trainer, TrainingDiverged, checkpoint, recipe
+from fastinterp.training.loop import Interrupted, StopRequest
+from fastinterp.training.metrics import read_metrics
+from fastinterp.training.optimizer import EpsilonHatAdam
+from fastinterp.training.rng import PaperRng, TorchRng
+from fastinterp.training.run import execute, prepare, read_config
+
+TINY = dict(
+    model="small", method="int", compare=[], epochs=2, batch_size=10, attack_steps=2, eps=0.1
+)
+
+
+def split(n):
+    generator = torch.Generator().manual_seed(n)
+    images = torch.randint(0, 256, (n, 1, 28, 28), dtype=torch.uint8, generator=generator)
+    return Split(images, torch.randint(0, 10, (n,), generator=generator))
+
+
+@pytest.fixture
+def data():
+    return Dataset("digits", 10, tuple("0123456789"), split(45), split(11), split(20))
+
+
+def trainer(folder, data, **change):
+    config = TrainConfig(**(TINY | change))
+    config.check()
+    return Trainer(config, config.method, data, folder, torch.device("cpu"))
+
+
+def test_schedules():
+    config = recipe("mnist-small-int")
+    assert [config.eps_at(s) for s in (0, 2000, 6000, 10000, 90000)] == [0, 0, 0.15, 0.3, 0.3]
+    assert recipe("mnist-small-int-1epoch").eps_at(0) == 0.3
+    stepped = TrainConfig(lr=[1e-3, 1e-4, 1e-5], lr_steps=[40_000, 60_000])
+    steps = (0, 39_999, 40_000, 59_999, 60_000)
+    assert [stepped.lr_at(s) for s in steps] == [1e-3, 1e-3, 1e-4, 1e-4, 1e-5]
+
+
+def test_recipes_have_the_papers_settings():
+    for name in RECIPES:
+        recipe(name).check()
+    config = recipe("mnist-small-int")
+    assert (config.epochs, config.batch_size, config.lr, config.gamma) == (100, 50, [1e-4], 0.01)
+    assert (config.eps, config.attack_steps, config.step_size) == (0.3, 40, 0.01)
+    assert recipe("mnist-small-adv-1epoch").epochs == 1
+    with pytest.raises(ValueError, match="unknown recipe 'mnist'; use one of digits-small-int"):
+        recipe("mnist")
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (dict(eps=-1), "eps must be"),
+        (dict(attack_steps=0), "steps must be at least 1"),
+        (dict(epochs=0), "epochs must be at least 1, got 0"),
+        (dict(method="fgsm"), "method must be one of normal, adv, int, got 'fgsm'"),
+        (dict(compare=["nothing"]), "compare must be one of"),
+        (dict(dataset="svhn"), "dataset must be one of"),
+        (dict(lr=[0.1, 0.2]), "lr needs one positive value more"),
+        (dict(eps_warmup=[5]), "eps_warmup must be empty or two"),
+        (dict(rng="numpy"), "rng must be one of torch, paper"),
+    ],
+)
+def test_bad_configuration(change, match):
+    with pytest.raises(ValueError, match=match):
+        TrainConfig(**change).check()
+
+
+def test_adam_has_tensorflows_epsilon():
+    torch.manual_seed(3)
+    start = torch.randn(50, dtype=torch.float64)
+    p = start.clone().requires_grad_()
+    optimizer = EpsilonHatAdam([p], lr=1e-2, eps=1e-3)
+    expected, m, v = start.clone(), torch.zeros(50), torch.zeros(50)
+    for t in range(1, 30):
+        grad = torch.randn(50, dtype=torch.float64) * 1e-3
+        p.grad = grad.clone()
+        optimizer.step()
+        m = 0.9 * m + 0.1 * grad
+        v = 0.999 * v + 0.001 * grad**2
+        lr = 1e-2 * (1 - 0.999**t) ** 0.5 / (1 - 0.9**t)
+        expected -= lr * m / (v.sqrt() + 1e-3)
+    torch.testing.assert_close(p.detach(), expected, rtol=1e-10, atol=1e-12)
+    assert (p.detach() - start).abs().min() > 0
+
+
+def test_paper_rng_replays_numpy_and_survives_a_round_trip():
+    reference = np.random.RandomState(99)
+    rng = PaperRng(99)
+    assert torch.equal(rng.permutation(100), torch.from_numpy(reference.permutation(100)))
+    x = torch.zeros(2, 3, 4, 5)
+    drawn = reference.uniform(-0.3, 0.3, (2, 4, 5, 3)).astype(np.float32)
+    assert np.array_equal(rng.start(x, 0.3).permute(0, 2, 3, 1).numpy(), drawn)
+    for kind in (PaperRng, TorchRng):
+        one, other = kind(1), kind(2)
+        one.permutation(5), one.start(x, 0.3)
+        other.load_state_dict(one.state_dict())
+        assert torch.equal(one.permutation(50), other.permutation(50))
+        assert torch.equal(one.start(x, 0.3), other.start(x, 0.3))
+    assert not torch.equal(TorchRng(1).permutation(50), TorchRng(2).permutation(50))
+    net = create_model("small", 1, 10)
+    untouched = torch.random.get_rng_state()
+    TorchRng(1).initialise(net)
+    assert torch.equal(torch.random.get_rng_state(), untouched)
+
+
+@pytest.mark.parametrize("rng", ["torch", "paper"])
+def test_stopping_at_any_step_and_resuming_changes_no_bit(tmp_path, data, rng):
+    whole = trainer(tmp_path / "whole", data, rng=rng)
+    expected = whole.run(StopRequest(), quiet=True).state_dict()
+    assert whole.total_steps == 8
+    for at in range(9):
+        first = trainer(tmp_path / f"stop{at}", data, rng=rng)
+        stop = StopRequest()
+        step = first._step
+
+        def counted(step=step, first=first, stop=stop, at=at):
+            result = step()
+            stop.requested = first.step >= at
+            return result
+
+        first._step = counted
+        if at == 0:
+            stop.requested = True
+        if at < 8:
+            with pytest.raises(Interrupted, match=f"stopped after step {at}"):
+                first.run(stop, quiet=True)
+        else:
+            first.run(stop, quiet=True)
+        second = trainer(tmp_path / f"stop{at}", data, rng=rng)
+        assert second.resume() and second.step == at
+        got = second.run(StopRequest(), quiet=True).state_dict()
+        assert all(torch.equal(expected[name], got[name]) for name in expected)
+        final = load_file(tmp_path / f"stop{at}" / "model.safetensors")
+        assert all(torch.equal(expected[name], final[name]) for name in expected)
+
+
+@pytest.mark.parametrize("where", ["objective", "update"])
+def test_an_exception_loses_at_most_the_current_step(tmp_path, data, where):
+    expected = trainer(tmp_path / "whole", data).run(StopRequest(), quiet=True).state_dict()
+    broken = trainer(tmp_path / "run", data)
+    broken.checkpoint_seconds = 0 if where == "update" else 1e9
+    target = broken.objective if where == "objective" else broken.optimizer
+    name = "forward" if where == "objective" else "step"
+    original = getattr(target, name)
+
+    def failing(*args):
+        if broken.step == 5:
+            raise MemoryError
+        return original(*args)
+
+    setattr(target, name, failing)
+    with pytest.raises(MemoryError):
+        broken.run(StopRequest(), quiet=True)
+    second = trainer(tmp_path / "run", data)
+    assert second.resume() and second.step == 5
+    got = second.run(StopRequest(), quiet=True).state_dict()
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, data):
+    broken = trainer(tmp_path / "run", data)
+    broken.checkpoint_seconds = 0
+    forward = broken.objective.forward
+
+    def poisoned(*args):
+        loss, parts = forward(*args)
+        return (loss * torch.nan if broken.step == 4 else loss), parts
+
+    broken.objective.forward = poisoned
+    with pytest.raises(TrainingDiverged, match="the loss of int is nan at step 5"):
+        broken.run(StopRequest(), quiet=True)
+    good = trainer(tmp_path / "run", data)
+    assert good.resume() and good.step == 4
+    assert all(torch.isfinite(p).all() for p in good.model.parameters())
+
+
+def test_checkpoint_files(tmp_path, data):
+    one = trainer(tmp_path, data)
+    one.save()
+    one.step = 7
+    newest = one.folder / "checkpoints" / "step-00000007"
+    one.save()
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [newest.name]
+    with pytest.raises(ValueError, match=r"step-00000007 cannot be read"):
+        checkpoint.load(newest, create_model("pool", 1, 10))
+    for part in ("model.safetensors", "state.pt"):
+        content = (newest / part).read_bytes()
+        for keep in (0, len(content) // 2):
+            (newest / part).write_bytes(content[:keep])
+            with pytest.raises(ValueError, match=r"step-00000007 cannot be read"):
+                trainer(tmp_path, data).resume()
+        (newest / part).write_bytes(content)
+    assert trainer(tmp_path, data).resume()
+
+
+def test_metrics_of_lost_steps_are_dropped(tmp_path, data):
+    first = trainer(tmp_path, data, epochs=6)
+    first.run(StopRequest(), quiet=True)
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [10, 20, 24]
+    assert {"loss", "ce", "discrepancy", "images_per_second", "lr", "eps"} <= rows[0].keys()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 30}\n{"step": 40, "lo')
+    trainer_again = trainer(tmp_path, data, epochs=6)
+    trainer_again.resume()
+    trainer_again.run(StopRequest(), quiet=True)
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [10, 20, 24]
+
+
+def test_a_run_of_several_methods(tmp_path, data):
+    config = TrainConfig(
+        **(TINY | dict(compare=["normal", "adv"], eval_eps=[0.05], eval_steps=3, eval_examples=10))
+    )
+    folder = tmp_path / "run"
+    prepare(folder, config, resume=False)
+    assert read_config(folder) == config
+    results = execute(folder, config, data, torch.device("cpu"), resume=False, quiet=True)
+    assert [row["method"] for row in results] == ["normal", "adv", "int"]
+    assert json.loads((folder / "results.json").read_text()) == results
+    assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    for row in results:
+        net = create_model("small", 1, 10)
+        load_weights(net, folder / row["method"])
+    with pytest.raises(FileExistsError, match="not empty; add --resume auto"):
+        prepare(folder, config, resume=False)
+    with pytest.raises(ValueError, match=r"another configuration \(gamma: 0.01, now 0.5\)"):
+        prepare(folder, TrainConfig(**(config.to_dict() | dict(gamma=0.5))), resume=True)
+    with pytest.raises(FileNotFoundError, match="no run to resume"):
+        prepare(tmp_path / "elsewhere", config, resume=True)
+
+
+def test_batch_larger_than_the_data(tmp_path, data):
+    with pytest.raises(ValueError, match="batch_size must be at most the 45 training images"):
+        trainer(tmp_path, data, batch_size=50)
+
+
+COMMAND = [sys.executable, "-m", "fastinterp", "train", "--threads", "1"]
+SHORT = "--epochs 1 --batch-size 50 --attack-steps 3 --compare --eval-steps 1 --eval-examples 10"
+
+
+def start(folder, *more):
+    return subprocess.Popen(
+        [*COMMAND, *more], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def kill_and_resume(tmp_path, kills, seed):
+    """Kills short runs at random moments, resumes them and compares with an unbroken one."""
+    options = [*SHORT.split(), "--checkpoint-seconds", "0"]
+    done = start(tmp_path, *options, "--out", "whole")
+    assert done.wait() == 0, done.stdout.read()
+    expected = load_file(tmp_path / "whole" / "int" / "model.safetensors")
+    moments = random.Random(seed)
+    for kill in range(kills):
+        out = tmp_path / f"killed{kill}"
+        process = start(tmp_path, *options, "--out", out.name)
+        while not (out / "int" / "checkpoints").is_dir() and process.poll() is None:
+            time.sleep(0.005)
+        time.sleep(moments.uniform(0, 0.6))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        again = start(tmp_path, *options, "--out", out.name, "--resume", "auto")
+        assert again.wait() == 0, again.stdout.read()
+        got = load_file(out / "int" / "model.safetensors")
+        assert all(torch.equal(expected[name], got[name]) for name in expected)
+        assert not list(out.rglob(".writing-*"))
+
+
+def test_kill_and_resume(tmp_path):
+    kill_and_resume(tmp_path, kills=2, seed=0)
+
+
+@pytest.mark.slow
+def test_kill_at_twenty_random_moments(tmp_path):
+    kill_and_resume(tmp_path, kills=20, seed=1)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
+    process = start(tmp_path, *SHORT.split(), "--epochs", "50", "--out", "run")
+    metrics = tmp_path / "run" / "int" / "metrics.jsonl"
+    while not read_metrics(metrics) and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate()[0]
+    assert process.returncode == 130
+    assert "int stopped after step" in output
+    assert "go on with: fastinterp train --resume run" in output
+    step = int(checkpoint.latest(tmp_path / "run" / "int" / "checkpoints").name[5:])
+    assert f"after step {step};" in output and step >= 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "bound"), [("normal", 0.02), ("int", 0.035)])
+def test_one_epoch_replays_the_released_weights(tmp_path, data_dir, released, method, bound):
+    """Norm of the difference over norm of the update, all weights together (minutes)."""
+    from fastinterp.cli import main
+
+    name = f"mnist-small-{method}-1epoch"
+    main(
+        f"train --recipe {name} --rng paper --data-dir {data_dir} --out {tmp_path / 'run'} "
+        "--eval-steps 1 --quiet".split()
+    )
+
+    def flat(net):
+        return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+    ours, theirs, initial = (create_model("small", 1, 10) for _ in range(3))
+    load_weights(ours, tmp_path / "run" / method)
+    load_weights(theirs, released / f"mnist_smallgap_{method}_1.npz")
+    init_paper(initial, np.random.RandomState(99))
+    deviation = (flat(ours) - flat(theirs)).norm() / (flat(theirs) - flat(initial)).norm()
+    print(f"{name}: {deviation:.4f}")
+    assert deviation < bound
