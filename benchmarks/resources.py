@@ -80,6 +80,7 @@ def triton_cases() -> Iterator[tuple[str, Callable[[], None]]]:
         ((128, 640, 8, 8), 10, True),
         ((64, 2048, 7, 7), 1000, False),
         ((64, 2048, 7, 7), 1000, True),
+        ((33, 513, 5, 7), 21, False),
         ((50, 10, 7, 7), None, False),
     )
     for dtype, norm, (shape, classes, channels_last) in itertools.product(

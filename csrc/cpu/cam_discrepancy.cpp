@@ -1,12 +1,12 @@
 #include "../math.h"
-#include "arch.h"
+#include "outer_product.h"
 
 namespace fastinterp {
 namespace cpu {
 namespace FI_ARCH {
 namespace {
 
-constexpr std::int64_t kTile = 64;          // pixels of one class map held at a time
+constexpr std::int64_t kTile = 64;          // pixels of an example worked on at a time
 constexpr std::int64_t kSerialWork = 1 << 16;  // feature values below which threads cost more
 constexpr std::int64_t kHeadPartials = 16;  // fixed, so that grad_head does not depend on `threads`
 
@@ -14,51 +14,191 @@ bool parallel(const CamDiscrepancy& p) {
   return p.threads > 1 && p.examples * p.channels * p.pixels >= kSerialWork;
 }
 
-// tile[c][j] = features[n,c,p0+j] - features_adv[n,c,p0+j], zero beyond the last pixel
-template <typename T, typename A>
-void load_difference(const CamDiscrepancy& p, std::int64_t n, std::int64_t p0, A* tile) {
-  const FeatureStrides s = p.features_strides, t = p.features_adv_strides;
-  const T* a = static_cast<const T*>(p.features) + n * s.example + p0 * s.pixel;
-  const T* b = static_cast<const T*>(p.features_adv) + n * t.example + p0 * t.pixel;
-  const std::int64_t width = p.pixels - p0 < kTile ? p.pixels - p0 : kTile;
-  if (s.pixel == 1 && t.pixel == 1) {
-    for (std::int64_t c = 0; c < p.channels; ++c) {
-      const T *ac = a + c * s.channel, *bc = b + c * t.channel;
-      A* row = tile + c * kTile;
-#pragma omp simd
-      for (std::int64_t j = 0; j < width; ++j) row[j] = load(ac + j) - load(bc + j);
-      for (std::int64_t j = width; j < kTile; ++j) row[j] = 0;
-    }
-    return;
-  }
-  for (std::int64_t j = 0; j < width; ++j) {
-    const T *aj = a + j * s.pixel, *bj = b + j * t.pixel;
-    for (std::int64_t c = 0; c < p.channels; ++c) {
-      tile[c * kTile + j] = load(aj + c * s.channel) - load(bj + c * t.channel);
-    }
-  }
-  for (std::int64_t c = 0; c < p.channels; ++c) {
-    for (std::int64_t j = width; j < kTile; ++j) tile[c * kTile + j] = 0;
-  }
+// Classes, padded to whole vectors, where they are the contiguous dimension.
+std::int64_t padded_classes(const CamDiscrepancy& p) { return (p.classes + 15) / 16 * 16; }
+
+// Without a head the features are the maps and are worked on as (K, pixels) whatever their layout.
+bool channels_last(const CamDiscrepancy& p) {
+  return p.head != nullptr && p.features_adv_strides.channel == 1 &&
+         p.features_adv_strides.pixel != 1;
 }
 
-// map[j] = sum_c head[k,c] tile[c][j]
+// The caller's scratch: one region per thread, then the transposed head, then the head's partials.
 template <typename A>
-void class_map(const CamDiscrepancy& p, std::int64_t k, const A* tile, A* map) {
-  if (p.head == nullptr) {
-    for (std::int64_t j = 0; j < kTile; ++j) map[j] = tile[k * kTile + j];
-    return;
+struct Scratch {
+  const CamDiscrepancy& p;
+  std::int64_t thread_size() const { return (p.channels + 2 * padded_classes(p)) * kTile; }
+  std::int64_t head_size() const { return p.channels * padded_classes(p); }
+  A* thread() const { return static_cast<A*>(p.scratch) + thread_index() * thread_size(); }
+  A* transposed_head() const { return static_cast<A*>(p.scratch) + p.threads * thread_size(); }
+  A* partial(std::int64_t i) const { return transposed_head() + (i + 1) * head_size(); }
+  std::int64_t bytes() const {
+    const std::int64_t heads = 1 + (p.grad_head == nullptr ? 0 : kHeadPartials);
+    return (p.threads * thread_size() + heads * head_size()) * sizeof(A);
   }
-  const A* w = static_cast<const A*>(p.head) + k * p.channels;
-  A sum[kTile] = {};
-  for (std::int64_t c = 0; c < p.channels; ++c) {
-    const A wc = w[c];
-    const A* row = tile + c * kTile;
+
+  // transposed_head[c][k] = head[k][c], zero in the padding
+  void transpose_head() const {
+    const A* head = static_cast<const A*>(p.head);
+    A* out = transposed_head();
+    const std::int64_t padded = padded_classes(p);
+    for (std::int64_t c = 0; c < p.channels; ++c) {
+      for (std::int64_t k = 0; k < padded; ++k) {
+        out[c * padded + k] = k < p.classes ? head[k * p.channels + c] : A(0);
+      }
+    }
+  }
+};
+
+// One tile of pixels of one example. The difference of the features and the class maps are kept the
+// way the features lie in memory:
+//     NCHW           difference (C, kTile), maps (K, kTile), zero beyond `width`
+//     channels_last  difference (width, C), maps (width, padded K)
+template <typename T>
+struct Tile {
+  using A = acc_t<T>;
+  const CamDiscrepancy& p;
+  std::int64_t n, first, width, padded;
+  bool last;
+  const A* head;
+  const A* transposed_head;
+  A* difference;
+  A* maps;
+  A* transposed_maps;
+
+  Tile(const CamDiscrepancy& params, std::int64_t example, std::int64_t first_pixel)
+      : p(params),
+        n(example),
+        first(first_pixel),
+        width(p.pixels - first < kTile ? p.pixels - first : kTile),
+        padded(padded_classes(p)),
+        last(channels_last(p)),
+        head(static_cast<const A*>(p.head)) {
+    const Scratch<A> scratch{p};
+    transposed_head = scratch.transposed_head();
+    difference = scratch.thread();
+    transposed_maps = difference + p.channels * kTile;
+    maps = head == nullptr ? difference : transposed_maps + padded * kTile;
+  }
+
+  std::int64_t rows() const { return last ? width : p.channels; }
+  std::int64_t columns() const { return last ? p.channels : width; }
+  std::int64_t row_length() const { return last ? p.channels : kTile; }
+  std::int64_t row_stride(FeatureStrides s) const { return last ? s.pixel : s.channel; }
+  std::int64_t column_stride(FeatureStrides s) const { return last ? s.channel : s.pixel; }
+
+  void load_difference() {
+    const FeatureStrides s = p.features_strides, t = p.features_adv_strides;
+    const T* a = static_cast<const T*>(p.features) + n * s.example + first * s.pixel;
+    const T* b = static_cast<const T*>(p.features_adv) + n * t.example + first * t.pixel;
+    const std::int64_t a_column = column_stride(s), b_column = column_stride(t);
+    const std::int64_t count = columns(), length = row_length();
+    for (std::int64_t i = 0; i < rows(); ++i) {
+      const T *ai = a + i * row_stride(s), *bi = b + i * row_stride(t);
+      A* row = difference + i * length;
+      if (a_column == 1 && b_column == 1) {
 #pragma omp simd
-    for (std::int64_t j = 0; j < kTile; ++j) sum[j] += wc * row[j];
+        for (std::int64_t j = 0; j < count; ++j) row[j] = load(ai + j) - load(bi + j);
+      } else {
+        for (std::int64_t j = 0; j < count; ++j) {
+          row[j] = load(ai + j * a_column) - load(bi + j * b_column);
+        }
+      }
+      for (std::int64_t j = count; j < length; ++j) row[j] = 0;
+    }
   }
-  for (std::int64_t j = 0; j < kTile; ++j) map[j] = sum[j];
-}
+
+  // M[k,j] = sum_c head[k,c] difference[c,j]
+  void make_maps() {
+    if (head == nullptr) return;
+    if (last) {
+      outer_product<A>(width, padded, p.channels, {difference, p.channels, 1}, transposed_head,
+                       padded, maps, padded, false);
+    } else {
+      outer_product<A>(p.classes, kTile, p.channels, {head, p.channels, 1}, difference, kTile,
+                       maps, kTile, false);
+    }
+  }
+
+  // d[k] += sum_j measure(M[k,j])
+  template <typename Measure>
+  void add_distances(A* d, Measure measure) const {
+    if (last) {
+      for (std::int64_t j = 0; j < width; ++j) {
+        const A* row = maps + j * padded;
+#pragma omp simd
+        for (std::int64_t k = 0; k < p.classes; ++k) d[k] += measure(row[k]);
+      }
+      return;
+    }
+    for (std::int64_t k = 0; k < p.classes; ++k) {
+      const A* row = maps + k * kTile;
+      A sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (std::int64_t j = 0; j < kTile; ++j) sum += measure(row[j]);
+      d[k] += sum;
+    }
+  }
+
+  // M becomes the slope S[k,j] = factor(k) shape(M[k,j]).
+  template <typename Factor, typename Shape>
+  void make_slopes(Factor factor, Shape shape) {
+    if (last) {
+      for (std::int64_t j = 0; j < width; ++j) {
+        A* row = maps + j * padded;
+#pragma omp simd
+        for (std::int64_t k = 0; k < p.classes; ++k) row[k] = factor(k) * shape(row[k]);
+      }
+      return;
+    }
+    for (std::int64_t k = 0; k < p.classes; ++k) {
+      A* row = maps + k * kTile;
+      const A f = factor(k);
+#pragma omp simd
+      for (std::int64_t j = 0; j < kTile; ++j) row[j] = f * shape(row[j]);
+    }
+  }
+
+  // partial += S difference^T, as (K, C) for channels_last and (C, padded K) for NCHW
+  void add_head_gradient(A* partial) {
+    if (last) {
+      outer_product<A>(p.classes, p.channels, width, {maps, 1, padded}, difference, p.channels,
+                       partial, p.channels, true);
+      return;
+    }
+    for (std::int64_t j = 0; j < kTile; ++j) {
+      for (std::int64_t k = 0; k < padded; ++k) {
+        transposed_maps[j * padded + k] = k < p.classes ? maps[k * kTile + j] : A(0);
+      }
+    }
+    outer_product<A>(p.channels, padded, kTile, {difference, kTile, 1}, transposed_maps, padded,
+                     partial, padded, true);
+  }
+
+  // grad_features_adv[c,j] = -sum_k head[k,c] S[k,j]; `difference` is overwritten.
+  void store_feature_gradient() {
+    if (head != nullptr && last) {
+      outer_product<A>(width, p.channels, p.classes, {maps, padded, 1}, head, p.channels,
+                       difference, p.channels, false);
+    } else if (head != nullptr) {
+      outer_product<A>(p.channels, kTile, p.classes, {head, 1, p.channels}, maps, kTile,
+                       difference, kTile, false);
+    }
+    const FeatureStrides g = p.grad_strides;
+    T* out = static_cast<T*>(p.grad_features_adv) + n * g.example + first * g.pixel;
+    const std::int64_t column = column_stride(g), count = columns(), length = row_length();
+    for (std::int64_t i = 0; i < rows(); ++i) {
+      T* target = out + i * row_stride(g);
+      const A* row = difference + i * length;
+      if (column == 1) {
+#pragma omp simd
+        for (std::int64_t j = 0; j < count; ++j) store(target + j, -row[j]);
+      } else {
+        for (std::int64_t j = 0; j < count; ++j) store(target + j * column, -row[j]);
+      }
+    }
+  }
+};
 
 template <typename T>
 void forward(const CamDiscrepancy& p) {
@@ -66,25 +206,19 @@ void forward(const CamDiscrepancy& p) {
   const A* q = static_cast<const A*>(p.class_weights);
   A* total = static_cast<A*>(p.discrepancy);
   A* distances = static_cast<A*>(p.distances);
+  if (channels_last(p)) Scratch<A>{p}.transpose_head();
 #pragma omp parallel for schedule(static) num_threads(p.threads) if (parallel(p))
   for (std::int64_t n = 0; n < p.examples; ++n) {
-    A* tile = static_cast<A*>(p.scratch) + thread_index() * p.channels * kTile;
     A* d = distances + n * p.classes;
     for (std::int64_t k = 0; k < p.classes; ++k) d[k] = 0;
-    for (std::int64_t p0 = 0; p0 < p.pixels; p0 += kTile) {
-      load_difference<T>(p, n, p0, tile);
-      for (std::int64_t k = 0; k < p.classes; ++k) {
-        A map[kTile];
-        class_map(p, k, tile, map);
-        A sum = 0;
-        if (p.norm == MapNorm::l1) {
-#pragma omp simd reduction(+ : sum)
-          for (std::int64_t j = 0; j < kTile; ++j) sum += map[j] < 0 ? -map[j] : map[j];
-        } else {
-#pragma omp simd reduction(+ : sum)
-          for (std::int64_t j = 0; j < kTile; ++j) sum += map[j] * map[j];
-        }
-        d[k] += sum;
+    for (std::int64_t first = 0; first < p.pixels; first += kTile) {
+      Tile<T> tile(p, n, first);
+      tile.load_difference();
+      tile.make_maps();
+      if (p.norm == MapNorm::l1) {
+        tile.add_distances(d, [](A m) { return m < 0 ? -m : m; });
+      } else {
+        tile.add_distances(d, [](A m) { return m * m; });
       }
     }
     A sum = 0;
@@ -96,118 +230,61 @@ void forward(const CamDiscrepancy& p) {
   }
 }
 
-// With e = class_grad and S[k,p] = e_k sign(M) for l1, e_k M / d_k for l2 (0 where d_k is 0):
-//   grad_features_adv[c,p] = -sum_k head[k,c] S[k,p]
-//   grad_head[k,c]        =  sum_{n,p} S[k,p] (features - features_adv)[c,p]
+// With e = class_grad, the slope S[k,j] is e_k sign(M) for l1 and e_k M / d_k for l2 (0 at d_k = 0).
 template <typename T>
-void backward_example(const CamDiscrepancy& p, std::int64_t n, acc_t<T>* scratch,
-                      acc_t<T>* head_partial) {
+void backward_example(const CamDiscrepancy& p, std::int64_t n, acc_t<T>* partial) {
   using A = acc_t<T>;
-  const std::int64_t channels = p.channels, classes = p.classes;
-  const bool l1 = p.norm == MapNorm::l1;
-  const A* head = static_cast<const A*>(p.head);
-  const A* e = static_cast<const A*>(p.class_grad) + n * classes;
-  const A* d = static_cast<const A*>(p.distances) + n * classes;
-  const FeatureStrides g = p.grad_strides;
-  T* out = static_cast<T*>(p.grad_features_adv);
-  A* tile = scratch;
-  A* slopes = scratch + channels * kTile;  // S of every class on this tile of pixels
-  for (std::int64_t p0 = 0; p0 < p.pixels; p0 += kTile) {
-    load_difference<T>(p, n, p0, tile);
-    for (std::int64_t k = 0; k < classes; ++k) {
-      A* slope = slopes + k * kTile;
-      if (e[k] == A(0)) {
-        for (std::int64_t j = 0; j < kTile; ++j) slope[j] = 0;
-        continue;
-      }
-      class_map(p, k, tile, slope);
-      const A factor = l1 ? e[k] : (d[k] > A(0) ? e[k] / d[k] : A(0));
-      if (l1) {
-#pragma omp simd
-        for (std::int64_t j = 0; j < kTile; ++j) slope[j] = factor * sign(slope[j]);
-      } else {
-#pragma omp simd
-        for (std::int64_t j = 0; j < kTile; ++j) slope[j] *= factor;
-      }
+  const A* e = static_cast<const A*>(p.class_grad) + n * p.classes;
+  const A* d = static_cast<const A*>(p.distances) + n * p.classes;
+  for (std::int64_t first = 0; first < p.pixels; first += kTile) {
+    Tile<T> tile(p, n, first);
+    tile.load_difference();
+    tile.make_maps();
+    if (p.norm == MapNorm::l1) {
+      tile.make_slopes([e](std::int64_t k) { return e[k]; }, [](A m) { return sign(m); });
+    } else {
+      tile.make_slopes([e, d](std::int64_t k) { return d[k] > A(0) ? e[k] / d[k] : A(0); },
+                       [](A m) { return m; });
     }
-    if (head_partial != nullptr) {
-      for (std::int64_t k = 0; k < classes; ++k) {
-        if (e[k] == A(0)) continue;
-        const A* slope = slopes + k * kTile;
-        for (std::int64_t c = 0; c < channels; ++c) {
-          const A* row = tile + c * kTile;
-          A sum = 0;
-#pragma omp simd reduction(+ : sum)
-          for (std::int64_t j = 0; j < kTile; ++j) sum += slope[j] * row[j];
-          head_partial[k * channels + c] += sum;
-        }
-      }
-    }
-    if (out == nullptr) continue;
-    const std::int64_t width = p.pixels - p0 < kTile ? p.pixels - p0 : kTile;
-    T* base = out + n * g.example + p0 * g.pixel;
-    for (std::int64_t c = 0; c < channels; ++c) {
-      A sum[kTile] = {};
-      if (head == nullptr) {
-        for (std::int64_t j = 0; j < kTile; ++j) sum[j] = slopes[c * kTile + j];
-      } else {
-        for (std::int64_t k = 0; k < classes; ++k) {
-          const A w = head[k * channels + c];
-          const A* slope = slopes + k * kTile;
-#pragma omp simd
-          for (std::int64_t j = 0; j < kTile; ++j) sum[j] += w * slope[j];
-        }
-      }
-      T* row = base + c * g.channel;
-      if (g.pixel == 1) {
-#pragma omp simd
-        for (std::int64_t j = 0; j < width; ++j) store(row + j, -sum[j]);
-      } else {
-        for (std::int64_t j = 0; j < width; ++j) store(row + j * g.pixel, -sum[j]);
-      }
-    }
+    if (partial != nullptr) tile.add_head_gradient(partial);
+    if (p.grad_features_adv != nullptr) tile.store_feature_gradient();
   }
 }
 
 template <typename T>
 void backward(const CamDiscrepancy& p) {
   using A = acc_t<T>;
-  A* scratch = static_cast<A*>(p.scratch);
-  const std::int64_t per_thread = (p.channels + p.classes) * kTile;
+  const Scratch<A> scratch{p};
+  const bool last = channels_last(p);
+  if (last) scratch.transpose_head();
   if (p.grad_head == nullptr) {
 #pragma omp parallel for schedule(static) num_threads(p.threads) if (parallel(p))
-    for (std::int64_t n = 0; n < p.examples; ++n) {
-      backward_example<T>(p, n, scratch + thread_index() * per_thread, nullptr);
-    }
+    for (std::int64_t n = 0; n < p.examples; ++n) backward_example<T>(p, n, nullptr);
     return;
   }
-  const std::int64_t head_size = p.classes * p.channels;
-  A* partials = scratch + p.threads * per_thread;
 #pragma omp parallel for schedule(static) num_threads(p.threads) if (parallel(p))
   for (std::int64_t part = 0; part < kHeadPartials; ++part) {
-    A* partial = partials + part * head_size;
-    for (std::int64_t i = 0; i < head_size; ++i) partial[i] = 0;
+    A* partial = scratch.partial(part);
+    for (std::int64_t i = 0; i < scratch.head_size(); ++i) partial[i] = 0;
     const std::int64_t begin = part * p.examples / kHeadPartials;
     const std::int64_t end = (part + 1) * p.examples / kHeadPartials;
-    for (std::int64_t n = begin; n < end; ++n) {
-      backward_example<T>(p, n, scratch + thread_index() * per_thread, partial);
-    }
+    for (std::int64_t n = begin; n < end; ++n) backward_example<T>(p, n, partial);
   }
   A* grad_head = static_cast<A*>(p.grad_head);
-  for (std::int64_t i = 0; i < head_size; ++i) {
-    A sum = 0;
-    for (std::int64_t part = 0; part < kHeadPartials; ++part) sum += partials[part * head_size + i];
-    grad_head[i] = sum;
+  for (std::int64_t k = 0; k < p.classes; ++k) {
+    for (std::int64_t c = 0; c < p.channels; ++c) {
+      const std::int64_t i = last ? k * p.channels + c : c * padded_classes(p) + k;
+      A sum = 0;
+      for (std::int64_t part = 0; part < kHeadPartials; ++part) sum += scratch.partial(part)[i];
+      grad_head[k * p.channels + c] = sum;
+    }
   }
 }
 
 }  // namespace
 
 std::int64_t cam_discrepancy_scratch_bytes(const CamDiscrepancy& p) {
-  const std::int64_t element = p.dtype == DType::f64 ? sizeof(double) : sizeof(float);
-  const std::int64_t tiles = p.threads * (p.channels + p.classes) * kTile;
-  const std::int64_t partials = p.grad_head ? kHeadPartials * p.classes * p.channels : 0;
-  return (tiles + partials) * element;
+  return p.dtype == DType::f64 ? Scratch<double>{p}.bytes() : Scratch<float>{p}.bytes();
 }
 
 void cam_discrepancy_forward(const CamDiscrepancy& p) {

@@ -61,7 +61,7 @@ def run(arguments) -> int:
     model.to(device)
     index = choose_examples(len(data.test), arguments.examples, arguments.seed)
 
-    with tqdm(total=len(index) * len(radii), desc="attack", unit="img", disable=not radii) as bar:
+    with tqdm(total=len(index) * len(radii), desc="attack", unit="img", disable=None if radii else True) as bar:
         scores = evaluate_pgd(
             model,
             data.test,

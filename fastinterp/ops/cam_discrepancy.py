@@ -77,7 +77,9 @@ def cam_discrepancy(
     expected = (len(features), channels if head is None else len(head))
     if tuple(class_weights.shape) != expected:
         raise ValueError(f"class_weights must be {expected}, got {tuple(class_weights.shape)}")
-    dtype = torch.promote_types(features.dtype, features_adv.dtype)
+    dtype = features.dtype
+    if features_adv.dtype != dtype:
+        dtype = torch.promote_types(dtype, features_adv.dtype)
     if dtype not in _backend.DTYPE_CODES:
         raise TypeError(f"features must be floating point tensors, got {dtype}")
     acc = _backend.accumulation_dtype(dtype)
@@ -131,15 +133,15 @@ def _backward_outputs(class_grad, features, head, need_features, need_head):
 
 def _uniform_pixels(features: torch.Tensor) -> torch.Tensor:
     """``features`` with a constant stride over the pixels h * width + w, copied if need be."""
-    height, width = features.shape[2:]
-    if height > 1 and features.stride(2) != width * features.stride(3):
-        return features.contiguous()
-    return features
+    _, _, height, width = features.shape
+    _, _, row, column = features.stride()
+    return features if height <= 1 or row == width * column else features.contiguous()
 
 
 def _strides(t: torch.Tensor) -> tuple[int, int, int]:
-    pixel = t.stride(3) if t.shape[3] > 1 else t.stride(2)
-    return t.stride(0), t.stride(1), pixel
+    """Strides of example, channel and pixel."""
+    example, channel, row, column = t.stride()
+    return example, channel, column if t.shape[3] > 1 else row
 
 
 def _address(t: torch.Tensor | None) -> int:

@@ -135,7 +135,7 @@ def attack_step(x, grad, origin, eps, step_size, norm, clip_min, clip_max, out):
         if eps_stride == step_stride == 0:
             examples, inner = 1, x.numel()
         kernel, grid = _linf_kernel, (examples * triton.cdiv(inner, 1024),)
-        meta = {"BLOCK": 1024, "num_warps": 4}
+        meta = {"BLOCK": 1024, "num_warps": 4}  # 16 bytes or more per thread and tensor
     else:
         block = min(max(triton.next_power_of_2(inner), 1024), 4096)
         kernel, grid = _l2_kernel, (examples,)
@@ -146,17 +146,18 @@ def attack_step(x, grad, origin, eps, step_size, norm, clip_min, clip_max, out):
             "num_warps": block // 256,
             "maxnreg": 128,
         }
-    kernel[grid](
-        x,
-        grad,
-        origin,
-        eps,
-        step_size,
-        out,
-        inner,
-        eps_stride,
-        step_stride,
-        clip_min,
-        clip_max,
-        **meta,
-    )
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        kernel[grid](
+            x,
+            grad,
+            origin,
+            eps,
+            step_size,
+            out,
+            inner,
+            eps_stride,
+            step_stride,
+            clip_min,
+            clip_max,
+            **meta,
+        )

@@ -20,49 +20,39 @@ _OPTIONS = {"num_stages": 1, "maxnreg": 255}
 _HEAD_PROGRAMS = 256  # enough for the device; fixed, so that results do not depend on it
 
 
+# Below, sizes is (C, K, P), and strides those of features' channels and pixels, then of adv's.
+
+
 @triton.jit
-def _difference(features, adv, c, p, channels, pixels, f_c, f_p, a_c, a_p, acc: tl.constexpr):
+def _difference(features, adv, c, p, sizes, strides, acc: tl.constexpr):
     """features - adv at channels c and pixels p of one example, zero outside."""
-    inside = (c < channels)[:, None] & (p < pixels)[None, :]
+    inside = (c < sizes[0])[:, None] & (p < sizes[2])[None, :]
     c = c.to(tl.int64)[:, None]
     p = p.to(tl.int64)[None, :]
-    clean = tl.load(features + c * f_c + p * f_p, inside, 0.0).to(acc)
-    return clean - tl.load(adv + c * a_c + p * a_p, inside, 0.0).to(acc)
+    clean = tl.load(features + c * strides[0] + p * strides[1], inside, 0.0)
+    return clean.to(acc) - tl.load(adv + c * strides[2] + p * strides[3], inside, 0.0).to(acc)
 
 
 @triton.jit
-def _head_tile(head, k, c, classes, channels):
-    inside = (k < classes)[:, None] & (c < channels)[None, :]
-    return tl.load(head + k.to(tl.int64)[:, None] * channels + c[None, :], inside, 0.0)
+def _head_tile(head, k, c, sizes):
+    inside = (k < sizes[1])[:, None] & (c < sizes[0])[None, :]
+    return tl.load(head + k.to(tl.int64)[:, None] * sizes[0] + c[None, :], inside, 0.0)
 
 
 @triton.jit
 def _class_maps(
-    features,
-    adv,
-    head,
-    k,
-    p,
-    channels,
-    classes,
-    pixels,
-    f_c,
-    f_p,
-    a_c,
-    a_p,
-    BLOCK_I: tl.constexpr,
-    acc: tl.constexpr,
+    features, adv, head, k, p, sizes, strides, BLOCK_I: tl.constexpr, acc: tl.constexpr
 ):
     """M at classes k and pixels p of one example, zero outside."""
     if head is None:
-        maps = _difference(features, adv, k, p, channels, pixels, f_c, f_p, a_c, a_p, acc)
+        maps = _difference(features, adv, k, p, sizes, strides, acc)
     else:
         maps = tl.zeros([k.shape[0], p.shape[0]], acc)
         # M[k,p] += sum_i head[k,i] (features - features_adv)[i,p]
-        for start in range(0, channels, BLOCK_I):
+        for start in range(0, sizes[0], BLOCK_I):
             i = start + tl.arange(0, BLOCK_I)
-            w = _head_tile(head, k, i, classes, channels)
-            x = _difference(features, adv, i, p, channels, pixels, f_c, f_p, a_c, a_p, acc)
+            w = _head_tile(head, k, i, sizes)
+            x = _difference(features, adv, i, p, sizes, strides, acc)
             maps = tl.dot(w, x, maps, input_precision="ieee", out_dtype=acc)
     return maps
 
@@ -102,6 +92,7 @@ def _forward_kernel(
     BLOCK_I: tl.constexpr,
 ):
     acc: tl.constexpr = distances.dtype.element_ty
+    sizes, strides = (channels, classes, pixels), (f_c, f_p, a_c, a_p)
     blocks = tl.cdiv(classes, BLOCK_K)
     pid = tl.program_id(0)
     n = (pid // blocks).to(tl.int64)
@@ -112,9 +103,7 @@ def _forward_kernel(
     # d[k] = sum_p |M[k,p]|, or sqrt(sum_p M[k,p]^2)
     for start in range(0, pixels, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
-        maps = _class_maps(
-            features, adv, head, k, p, channels, classes, pixels, f_c, f_p, a_c, a_p, BLOCK_I, acc
-        )
+        maps = _class_maps(features, adv, head, k, p, sizes, strides, BLOCK_I, acc)
         sums += tl.sum(tl.abs(maps) if L1 else maps * maps, 1)
     d = sums if L1 else tl.sqrt(sums)
     tl.store(distances + n * classes + k, d, k < classes)
@@ -162,6 +151,7 @@ def _features_kernel(
     BLOCK_I: tl.constexpr,
 ):
     acc: tl.constexpr = distances.dtype.element_ty
+    sizes, strides = (channels, classes, pixels), (f_c, f_p, a_c, a_p)
     c_blocks = tl.cdiv(channels, BLOCK_C)
     p_blocks = tl.cdiv(pixels, BLOCK_P)
     pid = tl.program_id(0)
@@ -174,7 +164,7 @@ def _features_kernel(
     adv += n * a_n
     if head is None:
         e = tl.load(class_grad + c, c < classes, 0.0)
-        maps = _difference(features, adv, c, p, channels, pixels, f_c, f_p, a_c, a_p, acc)
+        maps = _difference(features, adv, c, p, sizes, strides, acc)
         grad = _slopes(maps, e, distances, c, classes, L1)
     else:
         grad = tl.zeros([BLOCK_C, BLOCK_P], acc)
@@ -183,24 +173,9 @@ def _features_kernel(
             k = start + tl.arange(0, BLOCK_K)
             e = tl.load(class_grad + k, k < classes, 0.0)
             if tl.max((e != 0).to(tl.int32), 0) > 0:
-                maps = _class_maps(
-                    features,
-                    adv,
-                    head,
-                    k,
-                    p,
-                    channels,
-                    classes,
-                    pixels,
-                    f_c,
-                    f_p,
-                    a_c,
-                    a_p,
-                    BLOCK_I,
-                    acc,
-                )
+                maps = _class_maps(features, adv, head, k, p, sizes, strides, BLOCK_I, acc)
                 slopes = _slopes(maps, e, distances, k, classes, L1)
-                w = tl.trans(_head_tile(head, k, c, classes, channels))
+                w = tl.trans(_head_tile(head, k, c, sizes))
                 grad = tl.dot(w, slopes, grad, input_precision="ieee", out_dtype=acc)
     inside = (c < channels)[:, None] & (p < pixels)[None, :]
     out += n * o_n + c.to(tl.int64)[:, None] * o_c + p.to(tl.int64)[None, :] * o_p
@@ -215,7 +190,6 @@ def _head_kernel(
     head,  # (K, C)
     distances,  # (N, K)
     out,  # (splits, K, C), partial sums over a range of examples and pixels each
-    examples,
     channels,
     classes,
     pixels,
@@ -225,6 +199,7 @@ def _head_kernel(
     a_n,
     a_c,
     a_p,
+    examples,
     splits,
     L1: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -233,6 +208,7 @@ def _head_kernel(
     BLOCK_I: tl.constexpr,
 ):
     acc: tl.constexpr = distances.dtype.element_ty
+    sizes, strides = (channels, classes, pixels), (f_c, f_p, a_c, a_p)
     c_blocks = tl.cdiv(channels, BLOCK_C)
     k_blocks = tl.cdiv(classes, BLOCK_K)
     p_blocks = tl.cdiv(pixels, BLOCK_P)
@@ -253,11 +229,9 @@ def _head_kernel(
         if tl.max((e != 0).to(tl.int32), 0) > 0:
             f = features + n * f_n
             a = adv + n * a_n
-            maps = _class_maps(
-                f, a, head, k, p, channels, classes, pixels, f_c, f_p, a_c, a_p, BLOCK_I, acc
-            )
+            maps = _class_maps(f, a, head, k, p, sizes, strides, BLOCK_I, acc)
             slopes = _slopes(maps, e, distances + n * classes, k, classes, L1)
-            x = tl.trans(_difference(f, a, c, p, channels, pixels, f_c, f_p, a_c, a_p, acc))
+            x = tl.trans(_difference(f, a, c, p, sizes, strides, acc))
             grad = tl.dot(slopes, x, grad, input_precision="ieee", out_dtype=acc)
     inside = (k < classes)[:, None] & (c < channels)[None, :]
     row = split * classes + k.to(tl.int64)
@@ -265,11 +239,9 @@ def _head_kernel(
 
 
 def _sizes(features, distances):
-    """N, C, K, P; None when there is nothing to sum over."""
-    (examples, channels), classes = features.shape[:2], distances.shape[1]
-    if features.numel() == 0 or classes == 0:
-        return None
-    return examples, channels, classes, features[0, 0].numel()
+    """C, K, P."""
+    height, width = features.shape[2:]
+    return features.shape[1], distances.shape[1], height * width
 
 
 def _strides(t):
@@ -281,9 +253,9 @@ def _class_block(classes, large):
     return 16 if classes <= 16 else large
 
 
-def _channel_block(channels):
+def _channel_block(channels, dtype):
     # M is computed once per block of channels, so large blocks save work.
-    return 128 if channels <= 128 else 256
+    return 128 if channels <= 128 or dtype == torch.float64 else 256
 
 
 def cam_discrepancy_forward(
@@ -300,36 +272,22 @@ def cam_discrepancy_forward(
         discrepancy: (N,), written.
         distances: (N, K), written.
     """
-    sizes = _sizes(features, distances)
-    if sizes is None:
+    examples, sizes = len(features), _sizes(features, distances)
+    if 0 in (examples, *sizes):
         discrepancy.zero_()
         distances.zero_()
         return
-    examples, channels, classes, pixels = sizes
+    classes = sizes[1]
     block = _class_block(classes, large=64)
     blocks = triton.cdiv(classes, block)
-    _forward_kernel[(examples * blocks,)](
-        features,
-        features_adv,
-        head,
-        class_weights,
-        discrepancy,
-        distances,
-        channels,
-        classes,
-        pixels,
-        *_strides(features),
-        *_strides(features_adv),
-        L1=norm == "l1",
-        ONE_BLOCK=blocks == 1,
-        BLOCK_K=block,
-        BLOCK_P=64,
-        BLOCK_I=16,
-        num_warps=4,
-        **_OPTIONS,
-    )
-    if blocks > 1:
-        _total_kernel[(examples,)](class_weights, distances, discrepancy, classes, BLOCK=1024)
+    tensors = features, features_adv, head, class_weights, discrepancy, distances
+    strides = *_strides(features), *_strides(features_adv)
+    meta = {"L1": norm == "l1", "ONE_BLOCK": blocks == 1, "BLOCK_K": block}
+    meta |= {"BLOCK_P": 64, "BLOCK_I": 16, "num_warps": 4, **_OPTIONS}
+    with torch.cuda.device_of(features):  # Triton launches on the current device
+        _forward_kernel[(examples * blocks,)](*tensors, *sizes, *strides, **meta)
+        if blocks > 1:
+            _total_kernel[(examples,)](class_weights, distances, discrepancy, classes, BLOCK=1024)
 
 
 def cam_discrepancy_backward(
@@ -346,49 +304,36 @@ def cam_discrepancy_backward(
             negative.
         grad_head: (K, C), written.
     """
-    sizes = _sizes(features, distances)
-    if sizes is None:
+    examples, sizes = len(features), _sizes(features, distances)
+    if 0 in (examples, *sizes):
         for grad in (grad_features_adv, grad_head):
             if grad is not None:
                 grad.zero_()
         return
-    examples, channels, classes, pixels = sizes
+    channels, classes, pixels = sizes
+    block_k = _class_block(classes, large=32)
+    block_c = _channel_block(channels, distances.dtype)
+    c_blocks = triton.cdiv(channels, block_c)
     inputs = class_grad, features, features_adv, head, distances
     strides = *_strides(features), *_strides(features_adv)
-    block_k, block_c = _class_block(classes, large=32), _channel_block(channels)
     meta = {"L1": norm == "l1", "BLOCK_K": block_k, "BLOCK_C": block_c, "num_warps": 8, **_OPTIONS}
-    if grad_features_adv is not None:
-        block_p = 4096 // block_c
-        tiles = triton.cdiv(channels, block_c) * triton.cdiv(pixels, block_p)
-        _features_kernel[(examples * tiles,)](
-            *inputs,
-            grad_features_adv,
-            channels,
-            classes,
-            pixels,
-            *strides,
-            *_strides(grad_features_adv),
-            BLOCK_P=block_p,
-            BLOCK_I=32,
-            **meta,
-        )
-    if grad_head is not None:
-        tiles = triton.cdiv(channels, block_c) * triton.cdiv(classes, block_k)
-        steps = examples * triton.cdiv(pixels, 16)
-        splits = min(steps, triton.cdiv(_HEAD_PROGRAMS, tiles))
-        partial = grad_head if splits == 1 else grad_head.new_empty(splits, classes, channels)
-        _head_kernel[(splits * tiles,)](
-            *inputs,
-            partial,
-            examples,
-            channels,
-            classes,
-            pixels,
-            *strides,
-            splits,
-            BLOCK_P=16,
-            BLOCK_I=16,
-            **meta,
-        )
-        if splits > 1:
-            torch.sum(partial, 0, out=grad_head)
+    with torch.cuda.device_of(features):  # Triton launches on the current device
+        if grad_features_adv is not None:
+            block_p = 4096 // block_c
+            grid = (examples * c_blocks * triton.cdiv(pixels, block_p),)
+            strides_out = _strides(grad_features_adv)
+            meta_out = {"BLOCK_P": block_p, "BLOCK_I": 32, **meta}
+            _features_kernel[grid](
+                *inputs, grad_features_adv, *sizes, *strides, *strides_out, **meta_out
+            )
+        if grad_head is not None:
+            tiles = c_blocks * triton.cdiv(classes, block_k)
+            steps = examples * triton.cdiv(pixels, 16)
+            splits = min(steps, triton.cdiv(_HEAD_PROGRAMS, tiles))
+            partial = grad_head if splits == 1 else grad_head.new_empty(splits, classes, channels)
+            meta_out = {"BLOCK_P": 16, "BLOCK_I": 16, **meta}
+            _head_kernel[(splits * tiles,)](
+                *inputs, partial, *sizes, *strides, examples, splits, **meta_out
+            )
+            if splits > 1:
+                torch.sum(partial, 0, out=grad_head)
