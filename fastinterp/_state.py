@@ -53,9 +53,19 @@ def substituted(model: nn.Module, tensors: dict[str, torch.Tensor]) -> Iterator[
             table[leaf] = tensor
 
 
-def detached_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters without gradient, for an attack that wants none of theirs."""
-    return {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
+def attack_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters without gradient, for an attack that wants none of theirs.
+
+    On a CPU convolution weights become channels_last, which the activations then follow: the input
+    gradient of MNIST Small's strided convolutions is 3 to 5 times faster that way.
+    """
+    parameters = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
+    for name, p in parameters.items():
+        if p.dim() == 4 and p.device.type == "cpu":
+            # Copied, as contiguous() leaves the strides of a one-channel weight ambiguous and the
+            # convolution then falls back to NCHW.
+            parameters[name] = torch.empty_like(p, memory_format=torch.channels_last).copy_(p)
+    return parameters
 
 
 def cloned_buffers(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -12,7 +12,6 @@ With d_c the distance between the maps of class c, t the true class and t' the p
 from __future__ import annotations
 
 import torch
-from torch.nn import functional as F
 
 from fastinterp.ops import cam_discrepancy
 
@@ -34,17 +33,19 @@ def class_weights(classes: str, logits_adv: torch.Tensor, y: torch.Tensor) -> to
     Raises:
         ValueError: unknown ``classes``.
     """
-    true = F.one_hot(y, logits_adv.shape[1]).to(logits_adv.dtype)
+    every_class = torch.arange(logits_adv.shape[1], device=logits_adv.device)
+    is_true = y[:, None] == every_class
+    true = is_true.to(logits_adv.dtype)
     if classes == "one":
         return true
     if classes == "two":
-        predicted = F.one_hot(logits_adv.argmax(1), logits_adv.shape[1]).to(logits_adv.dtype)
+        predicted = logits_adv.argmax(1, keepdim=True) == every_class
         return (true + predicted) / 2
     if classes == "all":
-        return torch.full_like(true, 1 / logits_adv.shape[1])
+        return torch.full_like(true, 1 / len(every_class))
     if classes == "weighted":
         # softmax_i / sum_{j != t} softmax_j is the softmax without class t.
-        return true + logits_adv.masked_fill(true.bool(), -torch.inf).softmax(1)
+        return true + logits_adv.masked_fill(is_true, -torch.inf).softmax(1)
     raise ValueError(f"classes must be one of {', '.join(CLASSES)}, got {classes!r}")
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fastinterp._checks import check_images
-from fastinterp._state import detached_parameters, eval_mode, substituted
+from fastinterp._state import attack_parameters, eval_mode, substituted
 from fastinterp.models._layers import SameConv2d
 
 
@@ -25,6 +25,12 @@ def _is_global_pool(module: nn.Module) -> bool:
 
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear)
+
+
+def _with_layout_of(like: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor``, 4-D, in the memory format of ``like``; einsum chooses strides of its own."""
+    last = like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
+    return tensor.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
 def _last(model: nn.Module, wanted) -> tuple[str, nn.Module] | None:
@@ -75,13 +81,14 @@ class CamNetwork:
         themselves and head is None: W (conv(a) + b) = (W conv)(a) + W b, with K instead of C output
         channels. The model is as before afterwards.
         """
-        tensors = detached_parameters(self.model)
+        tensors = attack_parameters(self.model)
         head = tensors[f"{self.head_name}.weight"]
         if self.tail_name is not None:
             classes = len(head)
             weight = tensors[f"{self.tail_name}.weight"]
-            folded = torch.einsum("kc,cihw->kihw", head, weight)
-            tensors[f"{self.tail_name}.weight"] = folded
+            tensors[f"{self.tail_name}.weight"] = _with_layout_of(
+                weight, torch.einsum("kc,cihw->kihw", head, weight)
+            )
             if (bias := tensors.get(f"{self.tail_name}.bias")) is not None:
                 tensors[f"{self.tail_name}.bias"] = head @ bias
             tensors[f"{self.head_name}.weight"] = torch.eye(
@@ -101,7 +108,8 @@ class CamNetwork:
         features = features.detach()
         if self.tail_name is None:
             return features
-        return torch.einsum("kc,nchw->nkhw", self.head.weight.detach(), features)
+        maps = torch.einsum("kc,nchw->nkhw", self.head.weight.detach(), features)
+        return _with_layout_of(features, maps)
 
     @contextmanager
     def _recorded(self) -> Iterator:

@@ -143,6 +143,14 @@ def test_opcheck(op, norm):
     )
 
 
+def test_opcheck_of_a_permuted_view():
+    x, grad, origin = (t.transpose(1, 2) for t in inputs((3, 2, 4), torch.float32))
+    scalars = torch.tensor(0.1), torch.tensor(0.2)
+    torch.library.opcheck(
+        torch.ops.fastinterp.attack_step.default, (x, grad, origin, *scalars, "Linf", 0.0, 1.0)
+    )
+
+
 def test_opcheck_with_gradients():
     x, grad, origin = (t.requires_grad_() for t in inputs((3, 2, 4, 4), torch.float32))
     scalars = torch.tensor(0.1), torch.tensor(0.2)

@@ -7,7 +7,7 @@ namespace FI_ARCH {
 namespace {
 
 // Below this many elements starting threads costs more than the pass.
-constexpr std::int64_t kSerialElements = 1 << 15;
+constexpr std::int64_t kSerialElements = 1 << 17;
 constexpr std::int64_t kBlock = 4096;
 
 template <typename T>

@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastinterp._checks import check_attack, check_images, check_labels
-from fastinterp._state import detached_parameters, eval_mode, substituted
+from fastinterp._state import attack_parameters, eval_mode, substituted
 from fastinterp.maps import CamNetwork
-from fastinterp.ops import attack_step
+from fastinterp.ops.attack_step import attack_step, per_example
 
 
 def random_start(
@@ -53,6 +53,7 @@ def maximise(
         (N, ...), detached.
     """
     centre = x.detach()
+    eps, step_size = per_example("eps", eps, centre), per_example("step_size", step_size, centre)
     z = centre.clone() if start is None else centre + start
     if start is not None and clip is not None:
         z.clamp_(*clip)
@@ -128,5 +129,5 @@ def _attacked(model: nn.Module, network: CamNetwork | None) -> Iterator:
         with network.attacked() as run:
             yield lambda z: run(z)[2]
     else:
-        with substituted(model, detached_parameters(model)), eval_mode(model):
+        with substituted(model, attack_parameters(model)), eval_mode(model):
             yield model

@@ -61,7 +61,8 @@ def run(arguments) -> int:
     model.to(device)
     index = choose_examples(len(data.test), arguments.examples, arguments.seed)
 
-    with tqdm(total=len(index) * len(radii), desc="attack", unit="img", disable=None if radii else True) as bar:
+    # disable=None shows the bar on a terminal only.
+    with tqdm(total=len(index) * len(radii), desc="attack", unit="img", disable=None) as bar:
         scores = evaluate_pgd(
             model,
             data.test,

@@ -87,8 +87,8 @@ def attack_step(
     args = (
         grad,
         origin,
-        _per_example("eps", eps, x),
-        _per_example("step_size", step_size, x),
+        per_example("eps", eps, x),
+        per_example("step_size", step_size, x),
         norm,
         low,
         high,
@@ -99,7 +99,8 @@ def attack_step(
     return torch.ops.fastinterp.attack_step(x, *args)
 
 
-def _per_example(name: str, value: float | torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def per_example(name: str, value: float | torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """``value``, checked, as the tensor the op takes: what a loop does once, not every step."""
     dtype = _backend.accumulation_dtype(x.dtype)
     if not isinstance(value, torch.Tensor):
         if not 0 <= value < math.inf:
@@ -155,17 +156,15 @@ def reference(x, grad, origin, eps, step_size, norm, clip_min, clip_max):
     return y.clamp(clip_min, clip_max).to(x.dtype)
 
 
+def _formats(x: torch.Tensor) -> tuple[bool, bool]:
+    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return x.is_contiguous(), last
+
+
 def _dense_like(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """``other`` in the memory order of x, which is dense with the batch outermost."""
-    if other.stride() == x.stride():
-        return other
-    return torch.empty_like(x).copy_(other)
-
-
-def _is_dense(x: torch.Tensor) -> bool:
-    if x.is_contiguous():
-        return True
-    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    same = any(a and b for a, b in zip(_formats(x), _formats(other), strict=True))
+    return other if same else torch.empty_like(x).copy_(other)
 
 
 def _run(x, grad, origin, eps, step_size, norm, clip_min, clip_max, inplace):
@@ -173,12 +172,12 @@ def _run(x, grad, origin, eps, step_size, norm, clip_min, clip_max, inplace):
     if backend == "reference":
         result = reference(x, grad, origin, eps, step_size, norm, clip_min, clip_max)
         return x.copy_(result) if inplace else result
-    if not _is_dense(x):
+    if not any(_formats(x)):
         # A sliced or expanded view: compute on a dense copy.
         result = _run(
             x.contiguous(), grad, origin, eps, step_size, norm, clip_min, clip_max, inplace=False
         )
-        return x.copy_(result) if inplace else result
+        return (x if inplace else torch.empty_like(x)).copy_(result)
     out = x if inplace else torch.empty_like(x)
     if x.numel() == 0:
         return out

@@ -114,7 +114,7 @@ def reference_backward(
     else:
         slope = torch.where(distances > 0, class_grad / distances, 0)[:, :, None, None] * maps
     grad_features_adv, grad_head = _backward_outputs(
-        class_grad, features, head, need_features, need_head
+        class_grad, features_adv, head, need_features, need_head
     )
     if need_features:
         back = slope if head is None else torch.einsum("kc,nkhw->nchw", head, slope)
@@ -124,9 +124,9 @@ def reference_backward(
     return grad_features_adv, grad_head
 
 
-def _backward_outputs(class_grad, features, head, need_features, need_head):
+def _backward_outputs(class_grad, features_adv, head, need_features, need_head):
     """Unfilled gradients of features_adv and head, empty where nobody asked."""
-    grad_features_adv = torch.empty_like(features) if need_features else class_grad.new_empty(0)
+    grad_features_adv = torch.empty_like(features_adv) if need_features else class_grad.new_empty(0)
     grad_head = class_grad.new_empty(head.shape) if need_head else class_grad.new_empty(0)
     return grad_features_adv, grad_head
 
@@ -202,7 +202,7 @@ def _backward_impl(
         )
     head = None if head is None else head.contiguous()
     class_grad, distances = class_grad.contiguous(), distances.contiguous()
-    outputs = _backward_outputs(class_grad, features, head, need_features, need_head)
+    outputs = _backward_outputs(class_grad, features_adv, head, need_features, need_head)
     grad_features_adv, grad_head = outputs
     if backend == "triton":
         from fastinterp.triton.cam_discrepancy import cam_discrepancy_backward as launch
@@ -242,7 +242,7 @@ def _fake_backward(
 ):
     return _backward_outputs(
         class_grad,
-        _uniform_pixels(features),
+        _uniform_pixels(features_adv),
         head,
         need_features,
         need_head,

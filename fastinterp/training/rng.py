@@ -28,7 +28,9 @@ class PaperRng:
     def start(self, x: torch.Tensor, eps: float) -> torch.Tensor:
         n, c, h, w = x.shape
         drawn = torch.from_numpy(self._state.uniform(-eps, eps, (n, h, w, c)))
-        return drawn.permute(0, 3, 1, 2).to(x.device, x.dtype).contiguous()
+        # Copied into x's strides: those of a permuted one-channel batch pass for channels_last, and
+        # the convolutions would go back and forth between layouts.
+        return torch.empty_like(x).copy_(drawn.permute(0, 3, 1, 2))
 
     def state_dict(self) -> dict:
         kind, keys, position, has_gauss, gauss = self._state.get_state()
