@@ -34,6 +34,8 @@ class CMakeBuild(build_ext):
             str(ROOT / "csrc"),
             "-G",
             "Ninja",
+            # An earlier build's cache names the ninja of a build environment that is gone.
+            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
