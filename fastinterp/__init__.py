@@ -1,12 +1,10 @@
 """Interpretability-aware robust training at the cost of ordinary training."""
 
-from importlib.metadata import version
-
 from fastinterp import attacks, discrepancy, maps, ops
 from fastinterp.models import create_model, load_weights
 from fastinterp.regularizers import InterpretationRegularizer
 
-__version__ = version("fastinterp")
+__version__ = "0.1.0"
 
 __all__ = [
     "InterpretationRegularizer",

@@ -137,7 +137,7 @@ def test_stopping_at_any_step_and_resuming_changes_no_bit(tmp_path, data, rng):
         if at == 0:
             stop.requested = True
         if at < 8:
-            with pytest.raises(Interrupted, match=f"stopped after step {at}"):
+            with pytest.raises(Interrupted, match=f"stopped int after step {at}"):
                 first.run(stop, quiet=True)
         else:
             first.run(stop, quiet=True)
@@ -172,6 +172,14 @@ def test_an_exception_loses_at_most_the_current_step(tmp_path, data, where):
     assert all(torch.equal(expected[name], got[name]) for name in expected)
 
 
+def test_an_infinite_loss_is_reported(tmp_path, data):
+    broken = trainer(tmp_path / "run", data, epochs=5)
+    forward = broken.objective.forward
+    broken.objective.forward = lambda *args: (forward(*args)[0] + torch.inf, {})
+    with pytest.raises(TrainingDiverged, match="loss of int: inf at step 10"):
+        broken.run(StopRequest(), quiet=True)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, data):
     broken = trainer(tmp_path / "run", data)
     broken.checkpoint_seconds = 0
@@ -182,7 +190,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, data):
         return (loss * torch.nan if broken.step == 4 else loss), parts
 
     broken.objective.forward = poisoned
-    with pytest.raises(TrainingDiverged, match="the loss of int is nan at step 5"):
+    with pytest.raises(TrainingDiverged, match="weights of int: not finite at step 5"):
         broken.run(StopRequest(), quiet=True)
     good = trainer(tmp_path / "run", data)
     assert good.resume() and good.step == 4
@@ -244,9 +252,11 @@ def test_a_run_of_several_methods(tmp_path, data):
         prepare(tmp_path / "elsewhere", config, resume=True)
 
 
-def test_batch_larger_than_the_data(tmp_path, data):
+def test_sizes_beyond_the_data(data):
     with pytest.raises(ValueError, match="batch_size must be at most the 45 training images"):
-        trainer(tmp_path, data, batch_size=50)
+        TrainConfig(batch_size=50).check(data)
+    with pytest.raises(ValueError, match=r"eval_examples must be at most the 20 test images"):
+        TrainConfig(batch_size=5, eval_examples=21).check(data)
 
 
 COMMAND = [sys.executable, "-m", "fastinterp", "train", "--threads", "1"]
@@ -298,7 +308,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     process.send_signal(signal.SIGINT)
     output = process.communicate()[0]
     assert process.returncode == 130
-    assert "int stopped after step" in output
+    assert "stopped int after step" in output
     assert "go on with: fastinterp train --resume run" in output
     step = int(checkpoint.latest(tmp_path / "run" / "int" / "checkpoints").name[5:])
     assert f"after step {step};" in output and step >= 10

@@ -21,6 +21,9 @@ def main(argv: list[str] | None = None) -> int:
             subparsers.add_subcommand(name, command.parser(argv), help=command.HELP)
         arguments = parser.parse_args(argv)
         return commands[arguments.command].run(arguments[arguments.command])
+    except KeyboardInterrupt:
+        print("fastinterp: interrupted", file=sys.stderr)
+        return 130
     except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
         if "--traceback" in argv:
             raise

@@ -11,11 +11,12 @@ import torch
 from jsonargparse import ArgumentParser
 from tabulate import tabulate
 
+import fastinterp
 from fastinterp import _native
 from fastinterp.ops import _backend
 
 HELP = "versions, processor features and the backend of every op"
-PACKAGES = ("fastinterp", "torch", "torchvision", "triton", "numpy", "safetensors")
+PACKAGES = ("torch", "torchvision", "triton", "numpy", "safetensors")
 
 
 def parser(argv: list[str]) -> ArgumentParser:
@@ -27,7 +28,11 @@ def parser(argv: list[str]) -> ArgumentParser:
 def collect() -> dict:
     """Everything the command prints, as plain values."""
     return {
-        "versions": {"python": platform.python_version(), **{p: _version(p) for p in PACKAGES}},
+        "versions": {
+            "fastinterp": fastinterp.__version__,
+            "python": platform.python_version(),
+            **{package: _version(package) for package in PACKAGES},
+        },
         "cpu": {
             "machine": platform.machine(),
             "torch_capability": torch.backends.cpu.get_cpu_capability(),

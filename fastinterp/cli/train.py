@@ -103,6 +103,7 @@ def run(arguments) -> int:
     if folder is None:
         folder = Path(arguments.out) if arguments.out else new_folder(RUNS, arguments.recipe)
     data = load_dataset(config.dataset, arguments.data_dir, arguments.download)
+    config.check(data)
     prepare(folder, config, resume)
     print(f"{'continuing' if resume else 'run folder'}: {folder}", flush=True)
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields
 
 from fastinterp._checks import check_attack
-from fastinterp.data import DATASETS
+from fastinterp.data import DATASETS, Dataset
 from fastinterp.models import MODELS
 from fastinterp.objectives import METHODS
 from fastinterp.training.rng import RNGS
@@ -38,8 +38,12 @@ class TrainConfig:
     eval_step_size: float = _option(0.01, "PGD step size of that table")
     eval_examples: int = _option(200, "test images of that table; 0 for all")
 
-    def check(self) -> None:
-        """Raises ValueError that names the option, what was seen and what is allowed."""
+    def check(self, data: Dataset | None = None) -> None:
+        """Raises ValueError that names the option, what was seen and what is allowed.
+
+        Args:
+            data: also check the sizes that depend on it.
+        """
         for name, value, allowed in (
             ("dataset", self.dataset, DATASETS),
             ("model", self.model, MODELS),
@@ -71,6 +75,16 @@ class TrainConfig:
             )
         if self.gamma < 0:
             raise ValueError(f"gamma must be >= 0, got {self.gamma}")
+        if data is not None and self.batch_size > len(data.train):
+            raise ValueError(
+                f"batch_size must be at most the {len(data.train)} training images, got "
+                f"{self.batch_size}"
+            )
+        if data is not None and self.eval_examples > len(data.test):
+            raise ValueError(
+                f"eval_examples must be at most the {len(data.test)} test images (0 for all), got "
+                f"{self.eval_examples}"
+            )
 
     @property
     def methods(self) -> list[str]:

@@ -29,8 +29,8 @@ class Interrupted(Exception):
     """The run was asked to stop; its last finished step is saved."""
 
 
-class TrainingDiverged(Exception):
-    """The loss is NaN or infinite; the last checkpoint is from before."""
+class TrainingDiverged(RuntimeError):
+    """The loss or the weights are NaN or infinite; the last checkpoint is from before."""
 
 
 class StopRequest:
@@ -43,6 +43,11 @@ class StopRequest:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
+
+    def check(self, doing: str) -> None:
+        """Raises Interrupted, saying what was going on, when a stop was requested."""
+        if self.requested:
+            raise Interrupted(f"stopped {doing}")
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[StopRequest]:
@@ -88,11 +93,6 @@ class Trainer:
         )
         self.optimizer = EpsilonHatAdam(self.model.parameters(), lr=config.lr[0])
         self.steps_per_epoch = len(self.train) // config.batch_size
-        if self.steps_per_epoch == 0:
-            raise ValueError(
-                f"batch_size must be at most the {len(self.train)} training images, got "
-                f"{config.batch_size}"
-            )
         self.total_steps = config.epochs * self.steps_per_epoch
         self.step = 0
         self.order: torch.Tensor | None = None
@@ -108,15 +108,23 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.rng.load_state_dict(state["rng"])
         self.step, self.order = state["step"], state["order"]
+        self._rng_before_step = state["rng"]
         return True
 
-    def save(self, rng_state: dict | None = None) -> None:
-        """Writes a checkpoint of the finished steps; ``rng_state`` defaults to the present one."""
+    def save(self) -> None:
+        """Writes a checkpoint of the finished steps.
+
+        Raises:
+            TrainingDiverged: a weight is not finite; nothing is written.
+        """
+        if not all(torch.isfinite(p).all() for p in self.model.parameters()):
+            raise self._diverged("weights", "not finite")
         state = {
             "step": self.step,
             "order": self.order,
             "optimizer": self.optimizer.state_dict(),
-            "rng": rng_state or self.rng.state_dict(),
+            # Of the last finished step: one that raised has drawn numbers but can be taken again.
+            "rng": self._rng_before_step,
         }
         checkpoint.save(self.folder / "checkpoints", self.step, self.model, state)
 
@@ -151,25 +159,21 @@ class Trainer:
                         log.write(row)
                         bar.set_postfix(_postfix(row))
                     if time.monotonic() - saved_at >= self.checkpoint_seconds:
-                        self._require_finite(loss)
                         self.save()
                         saved_at = time.monotonic()
             except TrainingDiverged:
                 raise
             except BaseException:
-                # An unfinished step has drawn random numbers but, unless it was updating, has not
-                # touched the weights: it can be taken again.
-                if not self._updating:
-                    self.save(self._rng_before_step)
+                if not self._updating:  # else the weights are between two steps
+                    self.save()
                 raise
             self.save()
         if self.step < self.total_steps:
-            raise Interrupted(f"{self.method} stopped after step {self.step}")
+            stop.check(f"{self.method} after step {self.step}")
         checkpoint.save_model(self.model, self.folder / "model.safetensors")
         return self.model
 
     def _step(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        self._rng_before_step = self.rng.state_dict()
         config, position = self.config, self.step % self.steps_per_epoch
         if position == 0:
             self.order = self.rng.permutation(len(self.train))
@@ -190,20 +194,20 @@ class Trainer:
         self._updating = False
         return loss.detach(), parts
 
-    def _require_finite(self, loss: torch.Tensor) -> float:
-        value = loss.item()
-        if not math.isfinite(value):
-            raise TrainingDiverged(
-                f"the loss of {self.method} is {value} at step {self.step}; lower lr or gamma. "
-                f"The last good checkpoint is in {self.folder / 'checkpoints'}"
-            )
-        return value
+    def _diverged(self, what: str, value) -> TrainingDiverged:
+        return TrainingDiverged(
+            f"{what} of {self.method}: {value} at step {self.step}; lower lr or gamma. The last "
+            f"good checkpoint is in {self.folder / 'checkpoints'}"
+        )
 
     def _row(self, loss, parts, timer: _Timer) -> dict:
+        value = loss.item()
+        if not math.isfinite(value):
+            raise self._diverged("loss", value)
         return {
             "step": self.step,
             "epoch": self.step / self.steps_per_epoch,
-            "loss": self._require_finite(loss),
+            "loss": value,
             **{name: value.item() for name, value in parts.items()},
             "lr": self.config.lr_at(self.step - 1),
             "eps": self.config.eps_at(self.step - 1),

@@ -132,6 +132,7 @@ def execute(
                 eps=config.eval_eps,
                 steps=config.eval_steps,
                 step_size=config.eval_step_size,
+                progress=lambda _: stop.check("evaluating"),
             )
             results.append({"method": method, **scores, "train_seconds": round(seconds, 2)})
     text = json.dumps(results, indent=2) + "\n"

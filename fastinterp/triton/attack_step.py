@@ -92,7 +92,7 @@ def _l2_kernel(
         squares += g * g
     length = tl.sqrt(tl.sum(squares, 0))
     step = tl.load(step_size + example * step_stride)
-    scale = tl.where(length > 0, step / tl.where(length > 0, length, 1.0), 0.0)
+    scale = tl.where(length == 0, 0.0, step / tl.where(length == 0, 1.0, length))
 
     # y = x + s g/|g|,  out = clip(o + (y - o) min(1, eps/|y - o|)); lengths are over one example.
     squares = tl.zeros([BLOCK], acc)
