@@ -32,10 +32,11 @@ class CMakeBuild(build_ext):
         configure = [
             "cmake",
             str(ROOT / "csrc"),
+            # An earlier cache may name tools of a build environment that is gone, or remember that
+            # there was no nvcc.
+            "--fresh",
             "-G",
             "Ninja",
-            # An earlier build's cache names the ninja of a build environment that is gone.
-            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",

@@ -10,11 +10,22 @@ from pathlib import Path
 
 import torch
 
+from fastinterp import _native
+
 RESULTS = Path(__file__).parent / "results"
 FIELDS = (
     *("benchmark", "case", "side", "ms_p20", "ms_p50", "ms_p80", "ratio", "check"),
     *("device", "threads", "torch", "python", "commit"),
 )
+
+
+def require_core() -> None:
+    """Stops where the plain torch reference would be timed as if it were the kernels."""
+    if _native.core is None:
+        raise SystemExit(
+            "the benchmarks run from this folder, which has no compiled core: install with "
+            "'pip install -e .' first"
+        )
 
 
 def device_name() -> str:

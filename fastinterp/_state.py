@@ -8,12 +8,20 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-_MODE_DEPENDENT = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
+from fastinterp.models.networks import Pool, SameConv2d, Small, WResnet
+
+# Modules that compute the same in training and in evaluation. Any other may hold a functional
+# dropout, stochastic depth or running statistics.
+_MODE_FREE = {
+    *(nn.Sequential, nn.Identity, nn.Flatten, nn.Conv2d, nn.Linear, nn.ReLU, nn.GELU, nn.SiLU),
+    *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.LayerNorm, nn.GroupNorm, nn.Softplus),
+    *(SameConv2d, Small, Pool, WResnet),
+}
 
 
 def depends_on_mode(model: nn.Module) -> bool:
-    """Whether train() and eval() make a difference: batch norm or dropout inside."""
-    return any(isinstance(module, _MODE_DEPENDENT) for module in model.modules())
+    """Whether the model, as its flags are now, may compute something else in evaluation mode."""
+    return any(m.training and type(m) not in _MODE_FREE for m in model.modules())
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fastinterp._checks import check_images
-from fastinterp._state import attack_parameters, eval_mode, substituted
+from fastinterp._state import attack_parameters, cloned_buffers, eval_mode, substituted
 from fastinterp.models._layers import SameConv2d
 
 
@@ -31,6 +31,11 @@ def _with_layout_of(like: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     """``tensor``, 4-D, in the memory format of ``like``; einsum chooses strides of its own."""
     last = like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
     return tensor.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """Counts in-place changes, which object identity and addresses do not show."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _last(model: nn.Module, wanted) -> tuple[str, nn.Module] | None:
@@ -65,6 +70,11 @@ class CamNetwork:
             )
         self._pool = pool[1]
         self.head_name, self.head = head
+        if f"{self.head_name}.weight" not in dict(model.named_parameters(remove_duplicate=False)):
+            raise UnsupportedModelError(
+                f"CAM needs a linear head with a weight of its own; that of {self.head_name!r} in "
+                f"{type(model).__name__} is computed from other parameters"
+            )
         self.tail_name = self._find_tail(x[:1])
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -116,10 +126,11 @@ class CamNetwork:
         seen = {}
 
         def pooled(_, args, output):
-            seen["features"], seen["pooled"] = args[0], output
+            seen["features"], seen["pooled"] = args[0], (output.data_ptr(), _version(output))
 
         def classified(_, args, output):
-            seen["head_input"], seen["logits"] = args[0], output
+            seen["head_input"] = args[0].data_ptr(), _version(args[0])
+            seen["head_shape"], seen["logits"] = args[0].shape, output
 
         hooks = [
             self._pool.register_forward_hook(pooled),
@@ -131,8 +142,8 @@ class CamNetwork:
             logits = self.model(x)
             if (
                 seen.get("logits") is not logits
-                or seen["head_input"].data_ptr() != seen["pooled"].data_ptr()
-                or seen["head_input"].shape[1:] != seen["features"].shape[1:2]
+                or seen.get("pooled") != seen["head_input"]
+                or seen["head_shape"][1:] != seen["features"].shape[1:2]
             ):
                 raise UnsupportedModelError(
                     f"CAM needs logits = linear(flatten(global average pool)); in "
@@ -150,10 +161,10 @@ class CamNetwork:
     @torch.no_grad()
     def _find_tail(self, x: torch.Tensor) -> str | None:
         """Name of the plain convolution whose output is pooled as it is, if there is one."""
-        made = {}
+        outputs = {}
 
         def record(module, _, output):
-            made[id(output)] = (module, output)
+            outputs.setdefault(module, []).append((output, _version(output)))
 
         plain = {
             module: name
@@ -170,8 +181,20 @@ class CamNetwork:
         finally:
             for hook in hooks:
                 hook.remove()
-        module = made.get(id(features), (None,))[0]
-        return plain.get(module)
+        weights = [id(p) for _, p in self.model.named_parameters(remove_duplicate=False)]
+        for module, calls in outputs.items():
+            # Called once and with a weight of its own, or folding would change another use of it;
+            # the same version, or an in-place activation stands between it and the pooling.
+            (output, version), used_once = calls[-1], len(calls) == 1
+            if (
+                output is features
+                and used_once
+                and version == _version(features)
+                and not features.is_inference()
+                and weights.count(id(module.weight)) == 1
+            ):
+                return plain[module]
+        return None
 
 
 def cam(
@@ -192,8 +215,9 @@ def cam(
         TypeError, ValueError: x or target is out of range.
     """
     check_images(x)
-    network = CamNetwork(model, x)
-    features, logits = network(x)
+    with substituted(model, cloned_buffers(model)):
+        network = CamNetwork(model, x)
+        features, logits = network(x)
     weight, classes = network.head.weight, logits.shape[1]
     if target is None:
         return torch.einsum("kc,nchw->nkhw", weight, features)

@@ -82,7 +82,6 @@ class InterpretationRegularizer(nn.Module):
         self.eps, self.step_size, self.steps, self.norm = eps, step_size, steps, norm
         self.clip, self.random_start = clip, random_start
         self._distance = dict(classes=classes, norm=map_norm, normalize=normalize)
-        self._network: CamNetwork | None = None
 
     def forward(
         self,
@@ -123,9 +122,9 @@ class InterpretationRegularizer(nn.Module):
         check_attack(eps, self.step_size, self.steps)
         if validate:
             check_images(x, bounds=self.clip)
-        if self._network is None or self._network.model is not model:
-            self._network = CamNetwork(model, x)
-        network = self._network
+        # Made anew for every batch: it costs a forward pass of one image, and nothing is assumed of
+        # a model that its owner may have changed since.
+        network = CamNetwork(model, x)
         if validate:
             check_labels(y, len(x), network.head.out_features)
         if start is None and self.random_start:
@@ -144,7 +143,7 @@ class InterpretationRegularizer(nn.Module):
 
     def _maximise(self, network, x, y, features, eps, start):
         with torch.no_grad():
-            if network.model.training and depends_on_mode(network.model):
+            if depends_on_mode(network.model):
                 with eval_mode(network.model):
                     features, _ = network(x)
             clean = network.attacked_features(features)

@@ -173,6 +173,16 @@ def test_same_bits_with_any_number_of_threads(monkeypatch):
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
+def test_in_place_is_seen_by_autograd(backend):
+    w, x = torch.rand(2, 4, requires_grad=True), torch.rand(2, 4)
+    product = (w * x).sum()
+    attack_step(x, x.clone(), x.clone(), eps=0.1, step_size=0.1, inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+    with pytest.raises(ValueError, match="x requires grad and inplace=True"):
+        attack_step(w, x, x, eps=0.1, step_size=0.1, inplace=True)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [
@@ -180,6 +190,7 @@ def test_same_bits_with_any_number_of_threads(monkeypatch):
         (dict(eps=-0.1), ValueError, "eps must be a finite number >= 0, got -0.1"),
         (dict(eps=math.nan), ValueError, "eps must be a finite number"),
         (dict(step_size=math.inf), ValueError, "step_size must be a finite number"),
+        (dict(eps=torch.tensor([0.1, -0.2])), ValueError, "eps must be >= 0, got -0.2"),
         (dict(eps=torch.zeros(3)), ValueError, r"eps must be .* \(2,\), got \(3,\)"),
         (dict(clip=(1.0, 0.0)), ValueError, "clip must be"),
         (dict(grad=torch.rand(2, 3)), ValueError, "grad must have the shape of x"),

@@ -92,7 +92,10 @@ def test_info(capsys):
         ("train --recipe mnist-small-int --data-dir nowhere", "nowhere"),
         ("train --resume nowhere", "no run to resume in nowhere"),
         ("train --device tpu", "--device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
-        ("train --device cuda", "torch sees no CUDA device"),
+        ("train --device cuda", "torch sees 0 CUDA devices"),
+        ("train --device meta", "--device must be auto, cpu, cuda or cuda:N, got 'meta'"),
+        ("train --seed -1", "seed must be between 0 and 4294967294, got -1"),
+        ("train --config bad.yaml", "bad.yaml"),
         ("train --out a-file", "a-file is a file"),
         ("train --out full", "full is not empty"),
         ("eval absent.npz --dataset digits", "no weights at absent.npz"),
@@ -103,11 +106,13 @@ def test_info(capsys):
         ("eval absent.npz --steps 0", "steps must be at least 1"),
         ("eval absent.npz --attack fgsm", "--attack must be one of pgd, none"),
         ("eval absent.npz --json no/where.json", "there is no folder no"),
+        ("eval absent.npz --json full", "full is a folder"),
         ("eval absent.npz --dataset digits --examples 1000", "no weights"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(tmp_path, capsys, command, message):
     (tmp_path / "a-file").write_text("precious")
+    (tmp_path / "bad.yaml").write_text("epochs: [1")
     (tmp_path / "bad.npz").write_bytes(b"PK")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "something").write_text("precious")

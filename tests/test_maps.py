@@ -93,6 +93,66 @@ def test_hooked_or_grouped_last_convolution_is_not_folded(batch):
     assert CamNetwork(create_model("pool", 1, 10), batch[0]).tail_name is None
 
 
+class InPlace(nn.Module):
+    """Its last activation is in place: the pooled object is the convolution's own output."""
+
+    def __init__(self, inplace=True):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(1, 8, 3), nn.ReLU(inplace), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        )
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.fc(self.net(x))
+
+
+class Twice(nn.Module):
+    def __init__(self, tied):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 10, 3), nn.Conv2d(10, 10, 3, padding=1)
+        self.third = nn.Conv2d(10, 10, 3, padding=1)
+        if tied:
+            self.third.weight = self.second.weight
+        else:
+            self.third = self.second
+        self.pool, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(10, 10)
+
+    def forward(self, x):
+        return self.fc(self.pool(self.third(self.second(self.first(x)).relu())).flatten(1))
+
+
+@pytest.mark.parametrize("net", [InPlace(), Twice(tied=True), Twice(tied=False)])
+def test_a_head_is_not_folded_where_that_would_change_the_model(net, batch):
+    network = CamNetwork(net, batch[0])
+    assert network.tail_name is None
+    with network.attacked() as run:
+        torch.testing.assert_close(run(batch[0])[2], net(batch[0]))
+
+
+def test_maps_leave_batch_norm_statistics_alone(batch):
+    net = BatchNormNet()
+    before = {name: t.clone() for name, t in net.state_dict().items()}
+    cam(net, batch[0])
+    assert all(torch.equal(before[name], t) for name, t in net.state_dict().items())
+
+
+class InPlaceHead(BatchNormNet):
+    def forward(self, x):
+        return self.fc(F.relu(self.pool(self.body(x)).flatten(1).sub_(0.1), inplace=True))
+
+
+class Bypassed(BatchNormNet):
+    def forward(self, x):
+        return self.fc(self.body(x).mean((2, 3)))
+
+
+def normed():
+    net = BatchNormNet()
+    torch.nn.utils.parametrizations.weight_norm(net.fc)
+    return net
+
+
 class Activated(BatchNormNet):
     def forward(self, x):
         return self.fc(self.pool(self.body(x)).flatten(1)).softmax(1)
@@ -110,6 +170,9 @@ class Squashed(BatchNormNet):
         (nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1)), "has no nn.Linear"),
         (Activated(), "something else stands between"),
         (Squashed(), "something else stands between"),
+        (InPlaceHead(), "something else stands between"),
+        (Bypassed(), "something else stands between"),
+        (normed(), "a weight of its own"),
     ],
 )
 def test_models_without_gap_and_linear_head(net, match, batch):

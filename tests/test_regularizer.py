@@ -108,7 +108,7 @@ def test_other_forms_stay_in_the_ball(small_net, batch, arguments):
     assert value > 0 and aux.x_adv.min() >= 0 and aux.x_adv.max() <= 1
 
 
-def test_works_in_bfloat16_autocast_and_channels_last(small_net, batch):
+def test_works_in_bfloat16_autocast_and_channels_last(backend, small_net, batch):
     x, y = batch
     reg = InterpretationRegularizer("cam", **ATTACK)
     start = random_start(x, 0.1)
@@ -120,6 +120,33 @@ def test_works_in_bfloat16_autocast_and_channels_last(small_net, batch):
     last = small_net.to(memory_format=torch.channels_last)
     again = reg(last, x.to(memory_format=torch.channels_last), y, start=start)
     torch.testing.assert_close(again, exact, rtol=1e-3, atol=0)
+
+
+class Dropped(BatchNormNet):
+    """Depends on the mode through a function, which no module shows."""
+
+    def forward(self, x):
+        features = F.dropout(self.body[0](x).relu(), 0.5, self.training)
+        return self.fc(self.pool(self.body[4](features)).flatten(1))
+
+
+def test_the_attack_compares_maps_of_one_mode(batch):
+    net, (x, y) = Dropped(), (batch[0], batch[1] % 5)
+    reg = InterpretationRegularizer("cam", **ATTACK)
+    start = random_start(x, 0.1)
+    _, training = reg(net, x, y, start=start, return_aux=True)
+    _, evaluation = reg(net.eval(), x, y, start=start, return_aux=True)
+    torch.testing.assert_close(training.x_adv, evaluation.x_adv)
+
+
+def test_a_changed_model_is_looked_at_again(small_net, batch):
+    x, y = batch
+    reg = InterpretationRegularizer("cam", **ATTACK)
+    reg(small_net, x, y)
+    small_net.head = nn.Linear(100, 10)
+    start = random_start(x, 0.1)
+    expected = InterpretationRegularizer("cam", **ATTACK)(small_net, x, y, start=start)
+    torch.testing.assert_close(reg(small_net, x, y, start=start), expected)
 
 
 def test_torchvision_resnet():

@@ -17,7 +17,7 @@ from fastinterp.training.loop import Interrupted, StopRequest
 from fastinterp.training.metrics import read_metrics
 from fastinterp.training.optimizer import EpsilonHatAdam
 from fastinterp.training.rng import PaperRng, TorchRng
-from fastinterp.training.run import execute, prepare, read_config
+from fastinterp.training.run import execute, newest_folder, prepare, read_config
 
 TINY = dict(
     model="small", method="int", compare=[], epochs=2, batch_size=10, attack_steps=2, eps=0.1
@@ -259,6 +259,22 @@ def test_sizes_beyond_the_data(data):
         TrainConfig(batch_size=5, eval_examples=21).check(data)
 
 
+def test_auto_resumes_the_newest_run_of_that_recipe_only(tmp_path):
+    for name in ("r-20250101-000000", "r-1epoch-20260101-000000", "r-20250102-000000-2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text("")
+        time.sleep(0.02)
+    assert newest_folder(tmp_path, "r").name == "r-20250102-000000-2"
+    assert newest_folder(tmp_path, "r-1epoch").name == "r-1epoch-20260101-000000"
+    assert newest_folder(tmp_path, "other") is None
+
+
+def test_a_run_killed_while_writing_its_configuration_can_start_again(tmp_path):
+    (tmp_path / ".writing-config.yaml").write_text("datas")
+    prepare(tmp_path, TrainConfig(), resume=False)
+    assert read_config(tmp_path) == TrainConfig()
+
+
 COMMAND = [sys.executable, "-m", "fastinterp", "train", "--threads", "1"]
 SHORT = "--epochs 1 --batch-size 50 --attack-steps 3 --compare --eval-steps 1 --eval-examples 10"
 
@@ -272,23 +288,32 @@ def start(folder, *more):
 def kill_and_resume(tmp_path, kills, seed):
     """Kills short runs at random moments, resumes them and compares with an unbroken one."""
     options = [*SHORT.split(), "--checkpoint-seconds", "0"]
-    done = start(tmp_path, *options, "--out", "whole")
-    assert done.wait() == 0, done.stdout.read()
+
+    def started(name):
+        process = start(tmp_path, *options, "--out", name)
+        while not (tmp_path / name).exists() and process.poll() is None:
+            time.sleep(0.001)
+        return process
+
+    process = started("whole")
+    began = time.monotonic()
+    assert process.wait() == 0, process.stdout.read()
+    span = time.monotonic() - began  # from the creation of the run folder to the exit
     expected = load_file(tmp_path / "whole" / "int" / "model.safetensors")
-    moments = random.Random(seed)
+    moments, killed = random.Random(seed), 0
     for kill in range(kills):
         out = tmp_path / f"killed{kill}"
-        process = start(tmp_path, *options, "--out", out.name)
-        while not (out / "int" / "checkpoints").is_dir() and process.poll() is None:
-            time.sleep(0.005)
-        time.sleep(moments.uniform(0, 0.6))
+        process = started(out.name)
+        time.sleep(moments.uniform(0, 0.9 * span))
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        killed += process.wait() == -signal.SIGKILL
         again = start(tmp_path, *options, "--out", out.name, "--resume", "auto")
         assert again.wait() == 0, again.stdout.read()
         got = load_file(out / "int" / "model.safetensors")
         assert all(torch.equal(expected[name], got[name]) for name in expected)
         assert not list(out.rglob(".writing-*"))
+    assert killed >= kills / 2
+    print(f"{killed} of {kills} killed while running")
 
 
 def test_kill_and_resume(tmp_path):

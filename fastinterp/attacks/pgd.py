@@ -52,6 +52,8 @@ def maximise(
     Returns:
         (N, ...), detached.
     """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("an attack needs gradients: call it outside torch.inference_mode()")
     centre = x.detach()
     eps, step_size = per_example("eps", eps, centre), per_example("step_size", step_size, centre)
     z = centre.clone() if start is None else centre + start

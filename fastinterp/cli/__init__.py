@@ -62,6 +62,10 @@ def set_up_device(device: str, threads: int):
         chosen = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {device!r}") from error
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: torch sees no CUDA device here")
+    if chosen.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {device!r}")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"--device {device}: torch sees {torch.cuda.device_count()} CUDA devices here"
+        )
     return chosen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
@@ -54,6 +55,10 @@ def run(arguments) -> int:
     output = Path(arguments.json) if arguments.json else None
     if output is not None and not output.parent.is_dir():
         raise FileNotFoundError(f"--json {output}: there is no folder {output.parent}")
+    if output is not None and output.is_dir():
+        raise IsADirectoryError(f"--json {output} is a folder; name a file")
+    if output is not None and not os.access(output.parent, os.W_OK):
+        raise PermissionError(f"--json {output}: the folder {output.parent} cannot be written")
     device = set_up_device(arguments.device, arguments.threads)
     data = load_dataset(arguments.dataset, arguments.data_dir, arguments.download)
     model = create_model(arguments.model, data.test.images.shape[1], data.num_classes)

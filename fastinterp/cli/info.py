@@ -74,13 +74,11 @@ def _ops() -> list[dict]:
     rows = []
     for op in sorted(_backend.KERNELS):
         for device in ("cpu", "cuda"):
-            reasons = {
-                backend: _backend.why_not(backend, op, device, torch.float32)
-                for backend in _backend.PREFERENCE[device]
-            }
-            chosen = next((b for b, reason in reasons.items() if reason is None), "reference")
-            lacking = {backend: reason for backend, reason in reasons.items() if reason}
-            rows.append({"op": op, "device": device, "backend": chosen, "lacking": lacking})
+            try:
+                backend, lacking = _backend.decide(op, device, torch.float32)
+            except RuntimeError as error:
+                backend, lacking = "error", {"requested": str(error)}
+            rows.append({"op": op, "device": device, "backend": backend, "lacking": lacking})
     return rows
 
 

@@ -6,6 +6,7 @@ import argparse
 import typing
 from pathlib import Path
 
+import yaml
 from jsonargparse import ArgumentParser
 
 from fastinterp.cli import add_common, set_up_device
@@ -47,9 +48,10 @@ def _defaults(argv: list[str]) -> TrainConfig:
     known, _ = early.parse_known_args(argv)
     name = known.recipe
     if name is None and known.config is not None:
-        import yaml
-
-        loaded = yaml.safe_load(Path(known.config).read_text())
+        try:
+            loaded = yaml.safe_load(Path(known.config).read_text())
+        except yaml.YAMLError as error:
+            raise ValueError(f"--config {known.config} is not YAML: {error}") from error
         name = loaded.get("recipe") if isinstance(loaded, dict) else None
     name = name or DEFAULT_RECIPE
     base = recipe(name)

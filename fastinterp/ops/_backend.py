@@ -58,17 +58,21 @@ def why_not(backend: str, op: str, device: str, dtype: torch.dtype) -> str | Non
         return _native.problem
     if backend == "cuda" and _native.core.cuda_architectures is None:
         return "fastinterp was built without nvcc: put it on PATH and reinstall"
+    if backend == "cuda" and torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        built = _native.core.cuda_architectures
+        if 10 * major + minor < min(int(a.split("-")[0]) for a in built.split()):
+            return f"this GPU is sm_{major}{minor}, older than the {built} it was built for"
     return None
 
 
-def choose(op: str, tensor: torch.Tensor) -> str:
-    """The backend for this call: "cpu", "cuda", "triton" or "reference".
+def decide(op: str, device: str, dtype: torch.dtype) -> tuple[str, dict[str, str]]:
+    """The backend for ``op`` on such tensors, and why each preferred one before it cannot run.
 
     Raises:
         ValueError: FASTINTERP_BACKEND is not one of BACKENDS.
-        RuntimeError: the backend it names cannot run this op on this tensor.
+        RuntimeError: the backend it names cannot run this op on these tensors.
     """
-    device, dtype = tensor.device.type, tensor.dtype
     requested = os.environ.get("FASTINTERP_BACKEND", "auto")
     if requested not in BACKENDS:
         raise ValueError(
@@ -81,13 +85,22 @@ def choose(op: str, tensor: torch.Tensor) -> str:
                 f"FASTINTERP_BACKEND={requested} cannot run fastinterp::{op} on {device} {dtype}: "
                 f"{reason}. Unset it to let fastinterp choose."
             )
-        return requested
+        return requested, {}
     reasons = {}
     for backend in PREFERENCE.get(device, ()):
-        reasons[backend] = why_not(backend, op, device, dtype)
-        if reasons[backend] is None:
-            return backend
-    if (op, device, dtype) not in _warned:
+        reason = why_not(backend, op, device, dtype)
+        if reason is None:
+            return backend, reasons
+        reasons[backend] = reason
+    return "reference", reasons
+
+
+def choose(op: str, tensor: torch.Tensor) -> str:
+    """The backend for this call, see ``decide``; warns once where it falls back to plain torch."""
+    device, dtype = tensor.device.type, tensor.dtype
+    backend, reasons = decide(op, device, dtype)
+    fell_back = backend == "reference" and os.environ.get("FASTINTERP_BACKEND") != "reference"
+    if fell_back and (op, device, dtype) not in _warned:
         _warned.add((op, device, dtype))
         because = "; ".join(f"{k}: {v}" for k, v in reasons.items()) or "no kernels for this device"
         warnings.warn(
@@ -96,4 +109,4 @@ def choose(op: str, tensor: torch.Tensor) -> str:
             RuntimeWarning,
             stacklevel=2,
         )
-    return "reference"
+    return backend

@@ -94,6 +94,10 @@ def attack_step(
         high,
     )
     if inplace:
+        if x.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                "x requires grad and inplace=True has no derivative; detach x or use inplace=False"
+            )
         torch.ops.fastinterp.attack_step_(x, *args)
         return x
     return torch.ops.fastinterp.attack_step(x, *args)
@@ -111,6 +115,8 @@ def per_example(name: str, value: float | torch.Tensor, x: torch.Tensor) -> torc
             f"{name} must be a number or a tensor of shape () or ({len(x)},), "
             f"got {tuple(value.shape)}"
         )
+    if value.device.type == "cpu" and (value < 0).any():
+        raise ValueError(f"{name} must be >= 0, got {value.min().item()}")
     if value.requires_grad:
         raise ValueError(f"attack_step has no derivative with respect to {name}; detach it")
     return value.to(device=x.device, dtype=dtype)
@@ -219,7 +225,10 @@ def _functional(x, grad, origin, eps, step_size, norm, clip_min, clip_max):
 
 @torch.library.impl("fastinterp::attack_step_", "CompositeExplicitAutograd")
 def _inplace(x, grad, origin, eps, step_size, norm, clip_min, clip_max):
+    version = x._version
     _run(x, grad, origin, eps, step_size, norm, clip_min, clip_max, inplace=True)
+    if x._version == version:  # a kernel wrote behind autograd's back
+        torch.autograd.graph.increment_version(x)
 
 
 @torch.library.register_fake("fastinterp::attack_step")

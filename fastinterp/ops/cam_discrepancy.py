@@ -170,7 +170,8 @@ def _cpu_common(features, features_adv, head, classes, norm):
 def _forward(features, features_adv, head, class_weights, norm):
     backend = _backend.choose("cam_discrepancy", features)
     if backend == "reference":
-        return reference(features, features_adv, head, class_weights, norm)
+        with torch.autocast(features.device.type, enabled=False):
+            return reference(features, features_adv, head, class_weights, norm)
     features, features_adv = _uniform_pixels(features), _uniform_pixels(features_adv)
     head = None if head is None else head.contiguous()
     class_weights = class_weights.contiguous()
@@ -197,9 +198,10 @@ def _backward_impl(
     features, features_adv = _uniform_pixels(features), _uniform_pixels(features_adv)
     backend = _backend.choose("cam_discrepancy", features)
     if backend == "reference":
-        return reference_backward(
-            class_grad, features, features_adv, head, distances, norm, need_features, need_head
-        )
+        with torch.autocast(features.device.type, enabled=False):
+            return reference_backward(
+                class_grad, features, features_adv, head, distances, norm, need_features, need_head
+            )
     head = None if head is None else head.contiguous()
     class_grad, distances = class_grad.contiguous(), distances.contiguous()
     outputs = _backward_outputs(class_grad, features_adv, head, need_features, need_head)

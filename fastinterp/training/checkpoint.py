@@ -31,9 +31,18 @@ def _sync(path: Path) -> None:
 def write_atomically(path: Path, write) -> None:
     """Calls ``write(temporary_path)`` and moves the result to ``path`` in one step."""
     temporary = path.with_name(_TEMPORARY + path.name)
-    write(temporary)
-    _sync(temporary)
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        _sync(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether ``path`` is what a write that was killed has left."""
+    return path.name.startswith(_TEMPORARY)
 
 
 def save_model(model: nn.Module, path: Path) -> None:
@@ -63,7 +72,7 @@ def save(folder: Path, step: int, model: nn.Module, state: dict) -> Path:
         _sync(temporary / part)
     os.replace(temporary, final)
     _sync(folder)
-    for other in folder.iterdir():
+    for other in (*folder.glob("step-*"), *folder.glob(f"{_TEMPORARY}*")):
         if other != final:
             shutil.rmtree(other)
     return final

@@ -53,6 +53,8 @@ class TrainConfig:
         ):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        if not 0 <= self.seed < 2**32 - 1:
+            raise ValueError(f"seed must be between 0 and {2**32 - 2}, got {self.seed}")
         for name in ("epochs", "batch_size", "eval_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -95,9 +95,11 @@ class Trainer:
         self.steps_per_epoch = len(self.train) // config.batch_size
         self.total_steps = config.epochs * self.steps_per_epoch
         self.step = 0
+        self.seconds = 0.0  # spent training, over every session of the run
         self.order: torch.Tensor | None = None
         self._rng_before_step = self.rng.state_dict()
         self._updating = False
+        self._began = time.perf_counter()
 
     def resume(self) -> bool:
         """Continues from the newest checkpoint, if there is one."""
@@ -107,7 +109,7 @@ class Trainer:
         state = checkpoint.load(newest, self.model)
         self.optimizer.load_state_dict(state["optimizer"])
         self.rng.load_state_dict(state["rng"])
-        self.step, self.order = state["step"], state["order"]
+        self.step, self.order, self.seconds = state["step"], state["order"], state["seconds"]
         self._rng_before_step = state["rng"]
         return True
 
@@ -122,6 +124,7 @@ class Trainer:
         state = {
             "step": self.step,
             "order": self.order,
+            "seconds": self.seconds + time.perf_counter() - self._began,
             "optimizer": self.optimizer.state_dict(),
             # Of the last finished step: one that raised has drawn numbers but can be taken again.
             "rng": self._rng_before_step,
@@ -139,6 +142,7 @@ class Trainer:
             TrainingDiverged: the loss is not finite.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._began = time.perf_counter()
         bar = tqdm(
             total=self.total_steps,
             initial=self.step,
@@ -168,6 +172,7 @@ class Trainer:
                     self.save()
                 raise
             self.save()
+        self.seconds += time.perf_counter() - self._began
         if self.step < self.total_steps:
             stop.check(f"{self.method} after step {self.step}")
         checkpoint.save_model(self.model, self.folder / "model.safetensors")

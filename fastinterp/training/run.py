@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -13,7 +14,7 @@ from tabulate import tabulate
 
 from fastinterp.data import Dataset
 from fastinterp.evaluation import choose_examples, evaluate_pgd
-from fastinterp.training.checkpoint import write_atomically
+from fastinterp.training.checkpoint import is_temporary, write_atomically
 from fastinterp.training.config import TrainConfig
 from fastinterp.training.loop import StopRequest, Trainer
 from fastinterp.training.metrics import plot_curves
@@ -33,7 +34,12 @@ def new_folder(parent: Path, name: str) -> Path:
 
 def newest_folder(parent: Path, name: str) -> Path | None:
     """The most recent run of that name below ``parent``, or None."""
-    runs = [path.parent for path in parent.glob(f"{name}-*/{CONFIG_FILE}")]
+    dated = re.compile(re.escape(name) + r"-\d{8}-\d{6}(-\d+)?")
+    runs = [
+        path.parent
+        for path in parent.glob(f"{name}-*/{CONFIG_FILE}")
+        if dated.fullmatch(path.parent.name)
+    ]
     return max(runs, key=lambda run: (run / CONFIG_FILE).stat().st_mtime, default=None)
 
 
@@ -54,7 +60,8 @@ def prepare(folder: Path, config: TrainConfig, resume: bool) -> None:
         return
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file; choose another --out")
-    if folder.exists() and any(folder.iterdir()):
+    # A run killed while it wrote its configuration has left a temporary file and nothing else.
+    if folder.exists() and any(not is_temporary(path) for path in folder.iterdir()):
         raise FileExistsError(
             f"{folder} is not empty; add --resume auto to continue the run there, or choose "
             "another --out"
@@ -69,7 +76,10 @@ def prepare(folder: Path, config: TrainConfig, resume: bool) -> None:
 
 def read_config(folder: Path) -> TrainConfig:
     """The configuration a run was started with."""
-    values = yaml.safe_load((folder / CONFIG_FILE).read_text())
+    try:
+        values = yaml.safe_load((folder / CONFIG_FILE).read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{folder / CONFIG_FILE} is damaged: {error}") from error
     names = {option.name for option in fields(TrainConfig)}
     if not isinstance(values, dict) or values.keys() != names:
         raise ValueError(f"{folder / CONFIG_FILE} is not the configuration of a fastinterp run")
@@ -122,9 +132,7 @@ def execute(
             trainer = Trainer(config, method, data, folder / method, device, checkpoint_seconds)
             if resume:
                 trainer.resume()
-            begin = time.perf_counter()
             model = trainer.run(stop, quiet)
-            seconds = time.perf_counter() - begin
             scores = evaluate_pgd(
                 model,
                 data.test,
@@ -134,7 +142,7 @@ def execute(
                 step_size=config.eval_step_size,
                 progress=lambda _: stop.check("evaluating"),
             )
-            results.append({"method": method, **scores, "train_seconds": round(seconds, 2)})
+            results.append({"method": method, **scores, "train_seconds": round(trainer.seconds, 2)})
     text = json.dumps(results, indent=2) + "\n"
     write_atomically(folder / "results.json", lambda temporary: temporary.write_text(text))
     plot_curves(folder, config.methods)
