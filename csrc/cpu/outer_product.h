@@ -89,19 +89,28 @@ inline void outer_rows(std::int64_t columns, std::int64_t depth, Matrix<A> a, co
   }
 }
 
-// c[i,j] (+)= sum_l a[i,l] b[l,j], vectorised over j: rows of b and c are contiguous.
+template <typename A, int R>
+inline std::int64_t outer_blocks(std::int64_t i, std::int64_t rows, std::int64_t columns,
+                                 std::int64_t depth, Matrix<A> a, const A* b, std::int64_t b_row,
+                                 A* c, std::int64_t c_row, bool accumulate) {
+  for (; i + R <= rows; i += R) {
+    const Matrix<A> part{a.data + i * a.row, a.row, a.column};
+    outer_rows<A, R>(columns, depth, part, b, b_row, c + i * c_row, c_row, accumulate);
+  }
+  return i;
+}
+
+// c[i,j] (+)= sum_l a[i,l] b[l,j], vectorised over j: rows of b and c are contiguous. A product one
+// vector wide takes more rows at a time, for as many independent sums in flight.
 template <typename A>
 void outer_product(std::int64_t rows, std::int64_t columns, std::int64_t depth, Matrix<A> a,
                    const A* b, std::int64_t b_row, A* c, std::int64_t c_row, bool accumulate) {
   std::int64_t i = 0;
-  for (; i + kTileRows <= rows; i += kTileRows) {
-    const Matrix<A> part{a.data + i * a.row, a.row, a.column};
-    outer_rows<A, kTileRows>(columns, depth, part, b, b_row, c + i * c_row, c_row, accumulate);
+  if (columns <= Vector<A>::lanes) {
+    i = outer_blocks<A, 2 * kTileRows>(i, rows, columns, depth, a, b, b_row, c, c_row, accumulate);
   }
-  for (; i < rows; ++i) {
-    const Matrix<A> part{a.data + i * a.row, a.row, a.column};
-    outer_rows<A, 1>(columns, depth, part, b, b_row, c + i * c_row, c_row, accumulate);
-  }
+  i = outer_blocks<A, kTileRows>(i, rows, columns, depth, a, b, b_row, c, c_row, accumulate);
+  outer_blocks<A, 1>(i, rows, columns, depth, a, b, b_row, c, c_row, accumulate);
 }
 
 }  // namespace
