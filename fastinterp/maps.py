@@ -197,6 +197,14 @@ class CamNetwork:
         return None
 
 
+def find_cam_network(model: nn.Module, x: torch.Tensor) -> CamNetwork | None:
+    """The model's CamNetwork, whose folded form makes attacks cheaper; None if it has none."""
+    try:
+        return CamNetwork(model, x)
+    except UnsupportedModelError:
+        return None
+
+
 def cam(
     model: nn.Module, x: torch.Tensor, target: int | torch.Tensor | None = None
 ) -> torch.Tensor:

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastinterp.attacks import pgd
+from fastinterp.maps import CamNetwork, find_cam_network
 from fastinterp.regularizers import InterpretationRegularizer
 
 
@@ -30,6 +31,7 @@ class Objective(nn.Module):
     def __init__(self, model: nn.Module, *, step_size: float, steps: int, gamma: float = 0.01):
         super().__init__()
         self.model, self.step_size, self.steps, self.gamma = model, step_size, steps, gamma
+        self._network: CamNetwork | None = None  # made once: a loop's model stays what it is
 
     def forward(
         self, x: torch.Tensor, y: torch.Tensor, eps: float, start: torch.Tensor | None
@@ -57,6 +59,8 @@ class Normal(Objective):
 class Adv(Objective):
     def forward(self, x, y, eps, start):
         if eps > 0:
+            if self._network is None:
+                self._network = find_cam_network(self.model, x)
             x = pgd(
                 self.model,
                 x,
@@ -65,6 +69,7 @@ class Adv(Objective):
                 step_size=self.step_size,
                 steps=self.steps,
                 start=start,
+                network=self._network,
             )
         return F.cross_entropy(self.model(x), y), {}
 
@@ -80,8 +85,17 @@ class Int(Objective):
         if eps == 0:
             ce = F.cross_entropy(self.model(x), y)
             return ce, {"ce": ce.detach(), "discrepancy": torch.zeros_like(ce)}
+        if self._network is None:
+            self._network = CamNetwork(self.model, x)
         value, aux = self.regularizer(
-            self.model, x, y, eps=eps, start=start, return_aux=True, validate=False
+            self.model,
+            x,
+            y,
+            eps=eps,
+            start=start,
+            return_aux=True,
+            validate=False,
+            network=self._network,
         )
         ce = F.cross_entropy(aux.logits, y)
         return ce + self.gamma * value, {"ce": ce.detach(), "discrepancy": value.detach()}

@@ -93,6 +93,7 @@ class InterpretationRegularizer(nn.Module):
         start: torch.Tensor | None = None,
         return_aux: bool = False,
         validate: bool = True,
+        network: CamNetwork | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Aux]:
         """The regularizer's value on a batch.
 
@@ -105,6 +106,8 @@ class InterpretationRegularizer(nn.Module):
             start: perturbation to start from instead of a random one.
             return_aux: also return an Aux.
             validate: check x and y, which on a GPU waits for the device.
+            network: CamNetwork of ``model``, for a loop that knows the model does not change; by
+                default it is made anew, which costs a forward pass of one image.
 
         Returns:
             A scalar, differentiable once to the parameters; with return_aux, (scalar, Aux).
@@ -122,9 +125,8 @@ class InterpretationRegularizer(nn.Module):
         check_attack(eps, self.step_size, self.steps)
         if validate:
             check_images(x, bounds=self.clip)
-        # Made anew for every batch: it costs a forward pass of one image, and nothing is assumed of
-        # a model that its owner may have changed since.
-        network = CamNetwork(model, x)
+        if network is None:
+            network = CamNetwork(model, x)
         if validate:
             check_labels(y, len(x), network.head.out_features)
         if start is None and self.random_start:

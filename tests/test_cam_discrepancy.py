@@ -80,6 +80,16 @@ def test_gradcheck(backend, with_head, norm):
     assert gradcheck(function, leaves)
 
 
+def test_small_maps_by_either_way(monkeypatch):
+    tensors = inputs((3, 4, 4, 3, 2), False, torch.float32)
+    results = []
+    for name in ("auto", "cpu"):
+        monkeypatch.setenv("FASTINTERP_BACKEND", name)
+        results.append([*cam_discrepancy(*tensors), *gradients(cam_discrepancy, tensors, "l1")])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_per_class_distances_carry_gradients(backend):
     tensors = inputs((3, 4, 5, 3, 2), True)
     leaf = tensors[1].requires_grad_()

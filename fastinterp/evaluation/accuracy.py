@@ -11,7 +11,7 @@ from torch import nn
 from fastinterp._state import eval_mode
 from fastinterp.attacks import pgd
 from fastinterp.data import Split
-from fastinterp.maps import CamNetwork, UnsupportedModelError
+from fastinterp.maps import find_cam_network
 
 
 def choose_examples(size: int, examples: int, seed: int) -> torch.Tensor:
@@ -70,7 +70,7 @@ def evaluate_pgd(
         x, y = (t.to(device) for t in split.batch(part))
         correct_clean += accuracy(model, x, y) * len(part)
         if network is None:
-            network = _cam_network(model, x)
+            network = find_cam_network(model, x)
         for i, radius in enumerate(eps):
             x_adv = pgd(model, x, y, eps=radius, steps=steps, step_size=step_size, network=network)
             correct[i] += accuracy(model, x_adv, y) * len(part)
@@ -83,11 +83,3 @@ def evaluate_pgd(
             for radius, value in zip(eps, correct, strict=True)
         ],
     }
-
-
-def _cam_network(model: nn.Module, x: torch.Tensor) -> CamNetwork | None:
-    """Its folded form makes PGD cheaper; a model without that head is attacked as it is."""
-    try:
-        return CamNetwork(model, x)
-    except UnsupportedModelError:
-        return None

