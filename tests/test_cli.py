@@ -91,6 +91,7 @@ def test_info(capsys):
         ("train --method pgd", "method must be one of normal, adv, int"),
         ("train --recipe mnist-small-int --data-dir nowhere", "nowhere"),
         ("train --resume nowhere", "no run to resume in nowhere"),
+        ("train --resume full", "no run to resume in full"),
         ("train --device tpu", "--device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
         ("train --device cuda", "torch sees 0 CUDA devices"),
         ("train --device meta", "--device must be auto, cpu, cuda or cuda:N, got 'meta'"),

@@ -56,7 +56,7 @@ def _defaults(argv: list[str]) -> TrainConfig:
     name = name or DEFAULT_RECIPE
     base = recipe(name)
     folder = _resumed_folder(name, known.resume, known.out)
-    return base if folder is None or not folder.is_dir() else read_config(folder)
+    return base if folder is None or not (folder / CONFIG_FILE).exists() else read_config(folder)
 
 
 def parser(argv: list[str]) -> ArgumentParser:

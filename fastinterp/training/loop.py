@@ -95,7 +95,7 @@ class Trainer:
         self.steps_per_epoch = len(self.train) // config.batch_size
         self.total_steps = config.epochs * self.steps_per_epoch
         self.step = 0
-        self.seconds = 0.0  # spent training, over every session of the run
+        self.seconds = 0.0  # spent training, interruptions left out
         self.order: torch.Tensor | None = None
         self._rng_before_step = self.rng.state_dict()
         self._updating = False
