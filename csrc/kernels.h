@@ -39,8 +39,8 @@ struct FeatureStrides {
   std::int64_t example, channel, pixel;
 };
 
-// M[n,k,p] = sum_c head[k,c] (features[n,c,p] - features_adv[n,c,p]) is never stored: a tile of
-// pixels of one class at a time lives in registers or L1.
+// M[n,k,p] = sum_c head[k,c] (features[n,c,p] - features_adv[n,c,p]) is never stored whole: a tile
+// of 64 pixels of one example at a time lives in a thread's scratch.
 struct CamDiscrepancy {
   DType dtype;
   MapNorm norm;

@@ -10,6 +10,18 @@
 namespace fastinterp {
 namespace {  // internal linkage: each instruction-set variant must keep its own copy
 
+// Sums and steps are in float for every element type but double.
+template <typename T>
+struct Accumulate {
+  using type = float;
+};
+template <>
+struct Accumulate<double> {
+  using type = double;
+};
+template <typename T>
+using acc_t = typename Accumulate<T>::type;
+
 template <typename T>
 FI_INLINE T sign(T v) {
   return static_cast<T>((v > T(0)) - (v < T(0)));

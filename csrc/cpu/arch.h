@@ -10,6 +10,7 @@
 #include <omp.h>
 #endif
 
+#include "../math.h"
 #include "variants.h"
 
 #ifndef FI_ARCH
@@ -25,17 +26,6 @@ namespace {
 struct BFloat16 {
   std::uint16_t bits;
 };
-
-template <typename T>
-struct Accumulate {
-  using type = T;
-};
-template <>
-struct Accumulate<BFloat16> {
-  using type = float;
-};
-template <typename T>
-using acc_t = typename Accumulate<T>::type;
 
 inline float load(const float* p) { return *p; }
 inline double load(const double* p) { return *p; }

@@ -1,4 +1,3 @@
-#include "../math.h"
 #include "outer_product.h"
 
 namespace fastinterp {

@@ -21,17 +21,6 @@ constexpr int kL2Threads = 1024;
 constexpr int kVectorBytes = 16;
 constexpr std::int64_t kMaxGrid = 0x7fffffff;
 
-template <typename T>
-struct Accumulate {
-  using type = float;
-};
-template <>
-struct Accumulate<double> {
-  using type = double;
-};
-template <typename T>
-using acc_t = typename Accumulate<T>::type;
-
 template <typename T, int kWidth>
 struct alignas(sizeof(T) * kWidth) Vector {
   T values[kWidth];
