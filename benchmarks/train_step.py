@@ -34,7 +34,17 @@ EPOCH = 1100  # batches of an epoch
 BLOCK = 10  # steps of one side before it is the other's turn
 
 
-class Eager:
+class Side:
+    """One training step from a ``loss`` and an ``optimizer``."""
+
+    def step(self, x, y, start):
+        loss = self.loss(x, y, start)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+
+class Eager(Side):
     """The plain PyTorch side."""
 
     def __init__(self, net):
@@ -66,14 +76,8 @@ class Eager:
         d = self.discrepancy(clean, *self.maps(z), y)
         return F.cross_entropy(logits, y) + CONFIG.gamma * d.mean()
 
-    def step(self, x, y, start):
-        loss = self.loss(x, y, start)
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
 
-
-class Ours:
+class Ours(Side):
     """The objective and the optimizer of the training loop."""
 
     def __init__(self, net):
@@ -84,12 +88,6 @@ class Ours:
 
     def loss(self, x, y, start):
         return self.objective(x, y, CONFIG.eps, start)[0]
-
-    def step(self, x, y, start):
-        loss = self.loss(x, y, start)
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
 
 
 def new_net():

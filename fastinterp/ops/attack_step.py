@@ -123,11 +123,12 @@ def per_example(name: str, value: float | torch.Tensor, x: torch.Tensor) -> torc
 
 
 def _columns(value: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """One value, or one per example, in a shape that broadcasts against x."""
     return value.reshape(value.numel(), *[1] * (x.dim() - 1))
 
 
 def _length(v: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.vector_norm(v.flatten(1), dim=1).reshape(len(v), *[1] * (v.dim() - 1))
+    return _columns(torch.linalg.vector_norm(v.flatten(1), dim=1), v)
 
 
 def _direction(grad: torch.Tensor, norm: str) -> torch.Tensor:
@@ -136,9 +137,7 @@ def _direction(grad: torch.Tensor, norm: str) -> torch.Tensor:
     # Dividing by the largest entry first keeps the squares of tiny gradients from underflowing.
     largest = grad.flatten(1).abs().amax(1) if grad.numel() else grad.new_zeros(len(grad))
     tiny = torch.finfo(grad.dtype).tiny
-    scaled = grad / torch.where(largest < tiny, math.inf, largest).reshape(
-        len(grad), *[1] * (grad.dim() - 1)
-    )
+    scaled = grad / _columns(torch.where(largest < tiny, math.inf, largest), grad)
     length = _length(scaled)
     return scaled / torch.where(length == 0, 1, length)
 
@@ -280,7 +279,7 @@ def _backward(ctx, grad_out):
 
 
 def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return (a * b).flatten(1).sum(1).reshape(len(a), *[1] * (a.dim() - 1))
+    return _columns((a * b).flatten(1).sum(1), a)
 
 
 torch.library.register_autograd("fastinterp::attack_step", _backward, setup_context=_setup_context)

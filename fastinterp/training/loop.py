@@ -97,7 +97,7 @@ class Trainer:
         self.step = 0
         self.seconds = 0.0  # spent training, interruptions left out
         self.order: torch.Tensor | None = None
-        self._rng_before_step = self.rng.state_dict()
+        self._rng_after_step = self.rng.state_dict()
         self._updating = False
         self._began = time.perf_counter()
 
@@ -110,7 +110,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.rng.load_state_dict(state["rng"])
         self.step, self.order, self.seconds = state["step"], state["order"], state["seconds"]
-        self._rng_before_step = state["rng"]
+        self._rng_after_step = state["rng"]
         return True
 
     def save(self) -> None:
@@ -127,7 +127,7 @@ class Trainer:
             "seconds": self.seconds + time.perf_counter() - self._began,
             "optimizer": self.optimizer.state_dict(),
             # Of the last finished step: one that raised has drawn numbers but can be taken again.
-            "rng": self._rng_before_step,
+            "rng": self._rng_after_step,
         }
         checkpoint.save(self.folder / "checkpoints", self.step, self.model, state)
 
@@ -195,7 +195,7 @@ class Trainer:
         self._updating = True
         self.optimizer.step()
         self.step += 1
-        self._rng_before_step = self.rng.state_dict()
+        self._rng_after_step = self.rng.state_dict()
         self._updating = False
         return loss.detach(), parts
 
