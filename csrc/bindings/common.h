@@ -1,0 +1,46 @@
+// What the bindings share. This folder is the only one that sees Python: tensors arrive as addresses,
+// sizes and strides; shapes and dtypes were checked in fastinterp/ops.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#include "../kernels.h"
+
+namespace fastinterp {
+
+namespace py = pybind11;
+
+using Address = std::uintptr_t;
+
+inline void* pointer(Address address) { return reinterpret_cast<void*>(address); }
+
+inline DType cpu_dtype(int code) {
+  if (code < 0 || code > static_cast<int>(DType::bf16)) {
+    throw std::invalid_argument("no CPU kernel for dtype code " + std::to_string(code));
+  }
+  return static_cast<DType>(code);
+}
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+using Scratch = std::unique_ptr<void, Free>;
+
+inline Scratch allocate(std::int64_t bytes) {
+  const std::size_t rounded = (static_cast<std::size_t>(bytes) / 64 + 1) * 64;
+  void* p = std::aligned_alloc(64, rounded);
+  if (p == nullptr) throw std::bad_alloc();
+  return Scratch(p);
+}
+
+void bind_attack_step(py::module_& m);
+void bind_cam_discrepancy(py::module_& m);
+
+}  // namespace fastinterp

@@ -1,0 +1,15 @@
+#include "common.h"
+
+PYBIND11_MODULE(_core, m) {
+  using namespace fastinterp;
+  m.doc() = "fastinterp's compiled kernels; see csrc/kernels.h for the meaning of each argument";
+  m.attr("compiler") = FASTINTERP_COMPILER;
+  m.attr("instruction_set") = cpu::instruction_set();
+#ifdef FASTINTERP_WITH_CUDA
+  m.attr("cuda_architectures") = FASTINTERP_CUDA_ARCHITECTURES;
+#else
+  m.attr("cuda_architectures") = py::none();
+#endif
+  bind_attack_step(m);
+  bind_cam_discrepancy(m);
+}
