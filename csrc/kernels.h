@@ -10,6 +10,8 @@ enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
 
 // "Accumulation type" below: double for f64 tensors, float for every other dtype.
 
+enum class Activation : int { identity = 0, relu = 1, leaky_relu = 2, softplus = 3, silu = 4, gelu = 5 };
+
 enum class StepNorm : int { linf = 0, l2 = 1 };
 
 // out = clip(project(x + step_size * direction(grad), origin, eps), clip_min, clip_max)
@@ -65,12 +67,66 @@ struct CamDiscrepancy {
   void* scratch;  // cam_discrepancy_scratch_bytes(p) bytes, 64-byte aligned
 };
 
+// y = activation(weight (x - mean) rstd + bias + residual) and its first two derivatives; formulas in
+// cpu/batch_norm_act.cpp. "N C P" is (N, C, P) dense, or (N, P, C) when channels_last. Vectors are of
+// the accumulation type. A null input counts as zeros (weight: ones); a null output is not wanted.
+struct BatchNormAct {
+  DType dtype;
+  Activation activation;
+  double alpha;   // slope of leaky_relu, beta of softplus
+  bool training;  // batch statistics
+  double eps;
+  std::int64_t examples, channels, pixels;  // N, C, P
+  bool channels_last;
+  int threads;
+
+  const void* x;         // N C P dtype
+  const void* residual;  // N C P dtype; backward: where the mask does not do
+  const void* weight;    // (C,)
+  const void* bias;      // (C,)
+  void* mean;            // (C,) written forward, read backward
+  void* rstd;            // (C,) likewise
+  void* mask;            // one bit per element, rows or planes padded to bytes: pre-activation > 0
+
+  // forward
+  const void* running_mean;  // (C,) read when not training
+  const void* running_var;   // (C,)
+  void* y;                   // N C P dtype
+  void* var;                 // (C,) biased; written when training
+
+  // backward
+  const void* gy;   // N C P dtype
+  void* gx;         // N C P dtype
+  void* gresidual;  // N C P dtype
+  void* gweight;    // (C,)
+  void* gbias;      // (C,)
+
+  // backward of the backward: cotangents of its results, then gradients of gy, x, residual, weight, bias
+  const void* v;         // N C P dtype, of gx
+  const void* u;         // N C P dtype, of gresidual
+  const void* a_weight;  // (C,) of gweight
+  const void* a_bias;    // (C,) of gbias
+  const void* sum_gx;    // (C,) gweight as the backward gave it; read when training
+  const void* sum_g;     // (C,) gbias likewise
+  void* ggy;             // N C P dtype
+  void* gx2;             // N C P dtype
+  void* gresidual2;      // N C P dtype, smooth activations only
+  void* gweight2;        // (C,)
+  void* gbias2;          // (C,)
+
+  void* scratch;  // batch_norm_act_scratch_bytes(p) bytes, 64-byte aligned
+};
+
 namespace cpu {
 const char* instruction_set();  // the variant chosen at run time: "baseline", "avx2" or "avx512"
 void attack_step(const AttackStep& p);
 std::int64_t cam_discrepancy_scratch_bytes(const CamDiscrepancy& p);
 void cam_discrepancy_forward(const CamDiscrepancy& p);
 void cam_discrepancy_backward(const CamDiscrepancy& p);
+std::int64_t batch_norm_act_scratch_bytes(const BatchNormAct& p);
+void batch_norm_act_forward(const BatchNormAct& p);
+void batch_norm_act_backward(const BatchNormAct& p);
+void batch_norm_act_backward_backward(const BatchNormAct& p);
 }  // namespace cpu
 
 #ifdef FASTINTERP_WITH_CUDA

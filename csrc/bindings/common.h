@@ -41,6 +41,7 @@ inline Scratch allocate(std::int64_t bytes) {
 }
 
 void bind_attack_step(py::module_& m);
+void bind_batch_norm_act(py::module_& m);
 void bind_cam_discrepancy(py::module_& m);
 
 }  // namespace fastinterp

@@ -11,5 +11,6 @@ PYBIND11_MODULE(_core, m) {
   m.attr("cuda_architectures") = py::none();
 #endif
   bind_attack_step(m);
+  bind_batch_norm_act(m);
   bind_cam_discrepancy(m);
 }

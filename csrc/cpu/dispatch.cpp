@@ -57,6 +57,14 @@ std::int64_t cam_discrepancy_scratch_bytes(const CamDiscrepancy& p) {
 }
 void cam_discrepancy_forward(const CamDiscrepancy& p) { FI_CALL(cam_discrepancy_forward(p)) }
 void cam_discrepancy_backward(const CamDiscrepancy& p) { FI_CALL(cam_discrepancy_backward(p)) }
+std::int64_t batch_norm_act_scratch_bytes(const BatchNormAct& p) {
+  FI_CALL(batch_norm_act_scratch_bytes(p))
+}
+void batch_norm_act_forward(const BatchNormAct& p) { FI_CALL(batch_norm_act_forward(p)) }
+void batch_norm_act_backward(const BatchNormAct& p) { FI_CALL(batch_norm_act_backward(p)) }
+void batch_norm_act_backward_backward(const BatchNormAct& p) {
+  FI_CALL(batch_norm_act_backward_backward(p))
+}
 
 }  // namespace cpu
 }  // namespace fastinterp

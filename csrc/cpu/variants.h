@@ -11,6 +11,10 @@
   std::int64_t cam_discrepancy_scratch_bytes(const CamDiscrepancy& p); \
   void cam_discrepancy_forward(const CamDiscrepancy& p);               \
   void cam_discrepancy_backward(const CamDiscrepancy& p);              \
+  std::int64_t batch_norm_act_scratch_bytes(const BatchNormAct& p);    \
+  void batch_norm_act_forward(const BatchNormAct& p);                  \
+  void batch_norm_act_backward(const BatchNormAct& p);                 \
+  void batch_norm_act_backward_backward(const BatchNormAct& p);        \
   }                                                                    \
   }                                                                    \
   }

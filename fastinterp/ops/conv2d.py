@@ -1,0 +1,219 @@
+"""fastinterp::conv2d, a family of three ops closed under differentiation.
+
+    y  = conv2d(x, w)                   F
+    gx = conv2d_input_grad(gy, w)       D, the adjoint of F in x
+    gw = conv2d_weight_grad(gy, x)      W, the adjoint of F in w
+
+Each is bilinear, and its derivatives are the other two, so any order of derivative is one of three
+vendor kernels:
+
+    of        with respect to gy / x        with respect to w / x
+    F         D(cotangent, w)               W(cotangent, x)
+    D         F(cotangent, w)               W(gy, cotangent)
+    W         F(x, cotangent)               D(gy, cotangent)
+
+torch's own second derivative instead writes the weight gradient as a convolution with a kernel as
+large as the feature map, and computes weight gradients that nobody asked for. The arithmetic is left
+to torch's convolution and convolution_backward.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fastinterp.ops._autograd import remember_edges, wanted
+
+_OPTIONS = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups"
+torch.library.define(
+    "fastinterp::conv2d",
+    f"(Tensor x, Tensor weight, Tensor? bias, {_OPTIONS}) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.define(
+    "fastinterp::conv2d_input_grad",
+    f"(Tensor gy, Tensor weight, SymInt[] input_size, {_OPTIONS}) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.define(
+    "fastinterp::conv2d_weight_grad",
+    f"(Tensor gy, Tensor x, SymInt[] weight_size, {_OPTIONS}) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+def conv2d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | str = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+) -> torch.Tensor:
+    """torch.nn.functional.conv2d with a second derivative at the price of the arithmetic.
+
+    Args:
+        x: (N, C, H, W) or (C, H, W), any floating dtype; NCHW or channels_last, which is kept.
+        weight: (O, C / groups, kh, kw), dtype of x.
+        bias: (O,) or None.
+        stride, padding, dilation: a number or (vertical, horizontal); padding also "valid" or,
+            with stride 1, "same".
+        groups: of channels.
+
+    Returns:
+        (N, O, H', W') or (O, H', W'). Differentiable to any order with respect to x, weight and
+        bias. Under autocast x, weight and bias are cast to the autocast dtype, as torch does.
+
+    Raises:
+        ValueError: padding is a word other than "valid" and "same", or "same" with a stride.
+        RuntimeError: from torch, where shapes or dtypes do not fit each other.
+
+    Source: the adjoint of a convolution; Chellapilla, Puri & Simard (2006) for its three products.
+    """
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    stride, dilation = _pair(stride), _pair(dilation)
+    if isinstance(padding, str):
+        x, padding = _named_padding(x, weight, padding, stride, dilation)
+    batched = x if x.dim() == 4 else x[None]
+    y = torch.ops.fastinterp.conv2d(batched, weight, bias, stride, _pair(padding), dilation, groups)
+    return y if x.dim() == 4 else y[0]
+
+
+def _pair(value):
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def _named_padding(x, weight, padding, stride, dilation):
+    if padding == "valid":
+        return x, 0
+    if padding != "same":
+        raise ValueError(f'padding must be numbers, "valid" or "same", got {padding!r}')
+    if stride != (1, 1):
+        raise ValueError(f'padding="same" needs stride 1, got {stride}')
+    total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+    if any(t % 2 for t in total):  # one more on the right and at the bottom
+        x = torch.nn.functional.pad(x, (0, total[1] % 2, 0, total[0] % 2))
+    return x, tuple(t // 2 for t in total)
+
+
+def _unfilled(like: torch.Tensor, weight: torch.Tensor | None, size) -> torch.Tensor:
+    """Memory that is never touched: convolution_backward reads shape and layout off its arguments.
+
+    Channels_last where ``like`` or the weight is, as torch's convolution itself decides.
+    """
+    last = any(
+        t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
+        for t in (like, weight)
+        if t is not None
+    )
+    return torch.empty(
+        size,
+        dtype=like.dtype,
+        device=like.device,
+        memory_format=torch.channels_last if last else torch.contiguous_format,
+    )
+
+
+@torch.library.impl("fastinterp::conv2d", "CompositeExplicitAutograd")
+def _forward(x, weight, bias, stride, padding, dilation, groups):
+    return torch.ops.aten.convolution(
+        x, weight, bias, stride, padding, dilation, False, [0, 0], groups
+    )
+
+
+def _convolution_backward(gy, x, weight, options, output):
+    stride, padding, dilation, groups = options
+    mask = [i == output for i in range(3)]
+    return torch.ops.aten.convolution_backward(
+        gy, x, weight, None, stride, padding, dilation, False, [0, 0], groups, mask
+    )[output]
+
+
+@torch.library.impl("fastinterp::conv2d_input_grad", "CompositeExplicitAutograd")
+def _input_grad(gy, weight, input_size, *options):
+    return _convolution_backward(gy, _unfilled(gy, weight, input_size), weight, options, 0)
+
+
+@torch.library.impl("fastinterp::conv2d_weight_grad", "CompositeExplicitAutograd")
+def _weight_grad(gy, x, weight_size, *options):
+    return _convolution_backward(gy, x, _unfilled(x, None, weight_size), options, 1)
+
+
+torch.library.register_fake("fastinterp::conv2d", _forward)
+torch.library.register_fake("fastinterp::conv2d_input_grad", _input_grad)
+torch.library.register_fake("fastinterp::conv2d_weight_grad", _weight_grad)
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, _, *ctx.options = inputs
+    remember_edges(ctx, inputs)
+    # What the other's gradient needs; frozen weights keep no activations.
+    need_x, need_weight = ctx.needs_input_grad[:2]
+    ctx.sizes = x.shape, weight.shape
+    ctx.save_for_backward(x if need_weight else None, weight if need_x else None)
+
+
+def _backward(ctx, gy):
+    x, weight = ctx.saved_tensors
+    ops, (x_size, weight_size) = torch.ops.fastinterp, ctx.sizes
+    gx = gweight = gbias = None
+    if gy is not None:
+        if wanted(ctx, 0):
+            gx = ops.conv2d_input_grad(gy, weight, x_size, *ctx.options)
+        if wanted(ctx, 1):
+            gweight = ops.conv2d_weight_grad(gy, x, weight_size, *ctx.options)
+        if wanted(ctx, 2):
+            gbias = gy.sum((0, 2, 3))
+    return gx, gweight, gbias, *(None,) * 4
+
+
+def _setup_context_input_grad(ctx, inputs, output):
+    gy, weight, ctx.input_size, *ctx.options = inputs
+    remember_edges(ctx, inputs)
+    need_gy, need_weight = ctx.needs_input_grad[:2]
+    ctx.weight_size = weight.shape
+    ctx.save_for_backward(gy if need_weight else None, weight if need_gy else None)
+
+
+def _backward_input_grad(ctx, v):
+    gy, weight = ctx.saved_tensors
+    ggy = gweight = None
+    if v is not None:
+        if wanted(ctx, 0):
+            ggy = torch.ops.fastinterp.conv2d(v, weight, None, *ctx.options)
+        if wanted(ctx, 1):
+            gweight = torch.ops.fastinterp.conv2d_weight_grad(gy, v, ctx.weight_size, *ctx.options)
+    return ggy, gweight, *(None,) * 5
+
+
+def _setup_context_weight_grad(ctx, inputs, output):
+    gy, x, _, *ctx.options = inputs
+    remember_edges(ctx, inputs)
+    need_gy, need_x = ctx.needs_input_grad[:2]
+    ctx.input_size = x.shape
+    ctx.save_for_backward(gy if need_x else None, x if need_gy else None)
+
+
+def _backward_weight_grad(ctx, u):
+    gy, x = ctx.saved_tensors
+    ggy = gx = None
+    if u is not None:
+        if wanted(ctx, 0):
+            ggy = torch.ops.fastinterp.conv2d(x, u, None, *ctx.options)
+        if wanted(ctx, 1):
+            gx = torch.ops.fastinterp.conv2d_input_grad(gy, u, ctx.input_size, *ctx.options)
+    return ggy, gx, *(None,) * 5
+
+
+torch.library.register_autograd("fastinterp::conv2d", _backward, setup_context=_setup_context)
+torch.library.register_autograd(
+    "fastinterp::conv2d_input_grad", _backward_input_grad, setup_context=_setup_context_input_grad
+)
+torch.library.register_autograd(
+    "fastinterp::conv2d_weight_grad",
+    _backward_weight_grad,
+    setup_context=_setup_context_weight_grad,
+)
