@@ -92,7 +92,7 @@ struct BatchNormAct {
   const void* running_mean;  // (C,) read when not training
   const void* running_var;   // (C,)
   void* y;                   // N C P dtype
-  void* var;                 // (C,) biased; written when training
+  void* unbiased_var;        // (C,) written when training
 
   // backward
   const void* gy;   // N C P dtype

@@ -20,7 +20,7 @@ def test_automatic_choice_is_the_compiled_kernel(monkeypatch):
 
 def test_automatic_choice_falls_back_with_one_warning(monkeypatch):
     monkeypatch.delenv("FASTINTERP_BACKEND", raising=False)
-    monkeypatch.setattr(_backend, "_warned", set())
+    monkeypatch.setattr(_backend, "_chosen", {})
     with pytest.warns(RuntimeWarning, match=r"slower .* there is no torch.float16 kernel"):
         step(torch.float16)
     with warnings.catch_warnings():
@@ -40,7 +40,7 @@ def test_a_backend_asked_for_by_name_must_run(monkeypatch):
 def test_without_the_compiled_core(monkeypatch):
     monkeypatch.setattr(_backend._native, "core", None)
     monkeypatch.setattr(_backend._native, "problem", "it was not built")
-    monkeypatch.setattr(_backend, "_warned", set())
+    monkeypatch.setattr(_backend, "_chosen", {})
     with pytest.warns(RuntimeWarning, match="it was not built"):
         step()
 

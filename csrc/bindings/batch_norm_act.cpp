@@ -39,12 +39,12 @@ void run(BatchNormAct& p, void (*kernel)(const BatchNormAct&)) {
 
 void forward(const Header& h, Address x, Address residual, Address weight, Address bias,
              Address mean, Address rstd, Address mask, Address running_mean, Address running_var,
-             Address y, Address var) {
+             Address y, Address unbiased_var) {
   BatchNormAct p = batch_norm_act_params(h, x, residual, weight, bias, mean, rstd, mask);
   p.running_mean = pointer(running_mean);
   p.running_var = pointer(running_var);
   p.y = pointer(y);
-  p.var = pointer(var);
+  p.unbiased_var = pointer(unbiased_var);
   run(p, &cpu::batch_norm_act_forward);
 }
 

@@ -23,7 +23,7 @@ namespace {
 
 // Values per channel, in the order of the scratch.
 enum Value { kMean, kRstd, kScale, kBias, kAffine };  // scale = gamma rstd; kAffine: how many so far
-enum { kConst = kAffine, kX, kBackward };                         // gx = const + x xh + scale g
+enum { kConst = kAffine, kX, kBackward };                         // gx = const + x (x - mean) + scale g
 enum { kQConst = kAffine, kQX, kGConst, kGX, kGV, kGG, kSecond };  // q and gx2
 
 template <typename T, Activation K, bool Masked>
@@ -72,6 +72,103 @@ struct Kernel {
     set(kBias, c, at(p.bias, c, A(0)));
   }
 
+  // ---- elements: X is a vector of them, or one
+
+  static constexpr bool kSmooth =
+      K == Activation::softplus || K == Activation::silu || K == Activation::gelu;
+
+  // Calls, since these are long and used in many places.
+  template <typename P>
+  static FI_NOINLINE typename P::X smooth_value(typename P::X z, A alpha) {
+    return P::each(z, [alpha](A e) { return activation_value<K>(e, alpha); });
+  }
+  template <typename P>
+  static FI_NOINLINE typename P::X smooth_slope(typename P::X z, A alpha) {
+    return P::each(z, [alpha](A e) { return activation_slope<K>(e, alpha); });
+  }
+  template <typename P>
+  static FI_NOINLINE typename P::X smooth_curvature(typename P::X z, A alpha) {
+    return P::each(z, [alpha](A e) { return activation_curvature<K>(e, alpha); });
+  }
+
+  template <typename P>
+  static typename P::X value(typename P::X z, A alpha) {
+    if constexpr (kSmooth) {
+      return smooth_value<P>(z, alpha);
+    } else if constexpr (K == Activation::identity) {
+      return z;
+    } else {
+      return z < typename P::X{} ? P::constant(-activation_value<K>(A(-1), alpha)) * z : z;
+    }
+  }
+  // What an element is made of, at row r and lanes from j on of a strip.
+  template <int S>
+  struct Elements {
+    const Kernel& k;
+    const Lanes<A, S>& lane;
+    const Rows<T> x, residual, gy, v, u;
+    const std::uint8_t* bits;
+    const std::int64_t bits_row;
+
+    Elements(const Kernel& kernel, const Lanes<A, S>& lanes, const Strip& s)
+        : k(kernel),
+          lane(lanes),
+          x(source(k.p.x).in(s)),
+          residual(source(k.p.residual).in(s)),
+          gy(source(k.p.gy).in(s)),
+          v(source(k.p.v).in(s)),
+          u(source(k.p.u).in(s)),
+          bits(static_cast<const std::uint8_t*>(k.p.mask) + s.bits),
+          bits_row(s.bits_row) {}
+
+    template <typename P>
+    typename P::X of(int value, std::int64_t j) const {
+      return P::values(lane.value[value] + j);
+    }
+    template <typename P>
+    typename P::X centred(std::int64_t r, std::int64_t j) const {
+      return P::load(x.at(r, j)) - of<P>(kMean, j);
+    }
+    template <typename P>
+    typename P::X normalised(std::int64_t r, std::int64_t j) const {
+      return centred<P>(r, j) * of<P>(kRstd, j);
+    }
+    // Not for a piecewise linear phi with a residual, which has the mask instead.
+    template <typename P>
+    typename P::X pre_activation(std::int64_t r, std::int64_t j) const {
+      const auto z = centred<P>(r, j) * of<P>(kScale, j) + of<P>(kBias, j);
+      if constexpr (kSmooth) return z + P::load(residual.at(r, j));
+      return z;
+    }
+    // phi'(z), as the sign of z where that is all there is to it.
+    template <typename P>
+    auto slope(std::int64_t r, std::int64_t j) const {
+      if constexpr (kSmooth) {
+        return smooth_slope<P>(pre_activation<P>(r, j), k.alpha);
+      } else if constexpr (Masked) {
+        return P::load_bits(bits + r * bits_row + j / 8, j);
+      } else {
+        return pre_activation<P>(r, j) > typename P::X{};
+      }
+    }
+    template <typename P, typename Slope>
+    typename P::X times(Slope slope, typename P::X v) const {
+      if constexpr (kSmooth) {
+        return slope * v;
+      } else if constexpr (K == Activation::identity) {
+        return v;
+      } else if constexpr (K == Activation::relu) {
+        return slope ? v : typename P::X{};
+      } else {
+        return slope ? v : k.alpha * v;
+      }
+    }
+    template <typename P>
+    typename P::X curvature(std::int64_t r, std::int64_t j) const {
+      return smooth_curvature<P>(pre_activation<P>(r, j), k.alpha);
+    }
+  };
+
   // ---- forward
 
   // Mean of a few elements spread over the channel, which the sums are taken relative to.
@@ -91,21 +188,19 @@ struct Kernel {
     if (p.training) {
       for (std::int64_t c = 0; c < p.channels; ++c) set(kMean, c, pivot(c));
     }
-    const Source<T> x = source(p.x), residual = source(p.residual);
     T* y = static_cast<T*>(p.y);
     std::uint8_t* mask = static_cast<std::uint8_t*>(p.mask);
-    const auto sum = [&](std::int64_t c, double* out, std::int64_t stride, auto walk) {
-      const Lanes<A, 1> lane(g, values, c);
-      walk([&](const Strip& strip) {
-        sum_rows<A, 2>(strip, out, stride, [&](std::int64_t r, auto width, A(&sums)[2][kLanes]) {
-          const T* xr = x.row(strip, r);
-#pragma omp simd
-          for (std::int64_t j = 0; j < width; ++j) {
-            const A d = load(xr + j) - lane.value[kMean][j];
-            sums[0][j] += d;
-            sums[1][j] += d * d;
-          }
-        });
+    const auto sum = [&](const Strips& strips, double* out, std::int64_t stride) FI_NOINLINE {
+      const Lanes<A, 1> lane(g, values, strips.c);
+      strips.each([&](const Strip& strip) {
+        const Rows<T> x = source(p.x).in(strip);
+        sum_rows<T, 2>(strip, out, stride,
+                       [&](auto pack, std::int64_t r, std::int64_t j, auto* sum) {
+                         using P = decltype(pack);
+                         const auto d = P::load(x.at(r, j)) - P::values(lane.value[kMean] + j);
+                         sum[0] += d;
+                         sum[1] += d * d;
+                       });
       });
     };
     const auto combine = [&](std::int64_t c, const double* total) {
@@ -115,7 +210,8 @@ struct Kernel {
         mean = values[kMean * lanes + c] + shift;
         var = total[1] / g.count() - shift * shift;
         if (var < 0) var = 0;
-        static_cast<A*>(p.var)[c] = static_cast<A>(var);
+        const double others = g.count() > 1 ? g.count() - 1 : 1;
+        static_cast<A*>(p.unbiased_var)[c] = static_cast<A>(var * g.count() / others);
       } else {
         mean = vector(p.running_mean)[c];
         var = vector(p.running_var)[c];
@@ -125,52 +221,32 @@ struct Kernel {
       static_cast<A*>(p.rstd)[c] = rstd;
       set_affine(c, static_cast<A>(mean), rstd);
     };
-    const auto apply = [&](std::int64_t c, auto walk) {
-      const Lanes<A, kAffine> lane(g, values, c);
-      walk([&](const Strip& strip) {
-        each_row(strip, 0, strip.rows, [&](std::int64_t r, auto width) {
-          const T *xr = x.row(strip, r), *er = residual.row(strip, r);
-          T* yr = y + strip.first + r * strip.row;
+    const auto apply = [&](const Strips& strips) FI_NOINLINE {
+      const Lanes<A, kAffine> lane(g, values, strips.c);
+      strips.each([&](const Strip& strip) {
+        const Elements<kAffine> element(*this, lane, strip);
+        const Rows<T> residual = source(p.residual).in(strip);
+        for (std::int64_t r = 0; r < strip.rows; ++r) {
+          T* out = y + strip.first + r * strip.row;
           std::uint64_t bits = 0;
-#pragma omp simd reduction(| : bits)
-          for (std::int64_t j = 0; j < width; ++j) {
-            const A z = (load(xr + j) - lane.value[kMean][j]) * lane.value[kScale][j] +
-                        lane.value[kBias][j] + load(er + j);
-            if (Masked) bits |= static_cast<std::uint64_t>(z > 0) << j;
-            store(yr + j, activation_value<K>(z, alpha));
+          each_lane<T>(strip, [&](auto pack, std::int64_t j) {
+            using P = decltype(pack);
+            auto z = element.template pre_activation<P>(r, j);
+            if constexpr (!kSmooth) z += P::load(residual.at(r, j));
+            if constexpr (Masked) bits |= std::uint64_t{P::bits_of(z > typename P::X{})} << j;
+            P::store(out + j, value<P>(z, alpha));
+          });
+          if constexpr (Masked) {
+            std::uint8_t* to = mask + strip.bits + r * strip.bits_row;
+            for (std::int64_t j = 0; j < strip.width; j += 8) to[j / 8] = bits >> j & 0xff;
           }
-          if (Masked) store_bits(mask + strip.bits + r * strip.bits_row, width, bits);
-        });
+        }
       });
     };
     two_passes<2>(g, partial, p.training, true, sum, combine, apply);
   }
 
-  // ---- both backward passes
-
-  // phi' of a row and, for the smooth activations, phi''.
-  template <typename Lane, typename Width>
-  void slopes(const Strip& strip, std::int64_t r, Width width, const Lane& lane, const T* xr,
-              const T* er, A* slope, A* curvature) const {
-    if (Masked) {
-      const std::uint64_t bits =
-          load_bits(static_cast<const std::uint8_t*>(p.mask) + strip.bits + r * strip.bits_row, width);
-#pragma omp simd
-      for (std::int64_t j = 0; j < width; ++j) {
-        slope[j] = (bits >> j) & 1 ? A(1) : activation_slope<K>(A(-1), alpha);
-      }
-      return;
-    }
-#pragma omp simd
-    for (std::int64_t j = 0; j < width; ++j) {
-      const A z = (load(xr + j) - lane.value[kMean][j]) * lane.value[kScale][j] +
-                  lane.value[kBias][j] + load(er + j);
-      slope[j] = activation_slope<K>(z, alpha);
-      if constexpr (kSmooth) curvature[j] = activation_curvature<K>(z, alpha);
-    }
-  }
-  static constexpr bool kSmooth =
-      K == Activation::softplus || K == Activation::silu || K == Activation::gelu;
+  // ---- backward
 
   void load_affine() const {
     for (std::int64_t c = 0; c < p.channels; ++c) {
@@ -180,56 +256,47 @@ struct Kernel {
 
   void backward() const {
     load_affine();
-    const Source<T> x = source(p.x), residual = source(p.residual), gy = source(p.gy);
     T *gx = static_cast<T*>(p.gx), *gresidual = static_cast<T*>(p.gresidual);
-    const auto sum = [&](std::int64_t c, double* out, std::int64_t stride, auto walk) {
-      const Lanes<A, kAffine> lane(g, values, c);
-      walk([&](const Strip& strip) {
-        sum_rows<A, 2>(strip, out, stride, [&](std::int64_t r, auto width, A(&sums)[2][kLanes]) {
-          const T *xr = x.row(strip, r), *gr = gy.row(strip, r);
-          alignas(64) A slope[kLanes], curvature[kLanes];
-          slopes(strip, r, width, lane, xr, residual.row(strip, r), slope, curvature);
-#pragma omp simd
-          for (std::int64_t j = 0; j < width; ++j) {
-            const A xh = (load(xr + j) - lane.value[kMean][j]) * lane.value[kRstd][j];
-            const A gj = slope[j] * load(gr + j);
-            sums[0][j] += gj;
-            sums[1][j] += gj * xh;
-          }
-        });
+    const auto sum = [&](const Strips& strips, double* out, std::int64_t stride) FI_NOINLINE {
+      const Lanes<A, kAffine> lane(g, values, strips.c);
+      strips.each([&](const Strip& strip) {
+        const Elements<kAffine> element(*this, lane, strip);
+        sum_rows<T, 2>(strip, out, stride,
+                       [&](auto pack, std::int64_t r, std::int64_t j, auto* sum) {
+                         using P = decltype(pack);
+                         const auto gj = element.template times<P>(
+                             element.template slope<P>(r, j), P::load(element.gy.at(r, j)));
+                         sum[0] += gj;
+                         sum[1] += gj * element.template normalised<P>(r, j);
+                       });
       });
     };
     const auto combine = [&](std::int64_t c, const double* total) {
       const double scale = p.training ? values[kScale * lanes + c] / double(g.count()) : 0;
       set(kConst, c, -scale * total[0]);
-      set(kX, c, -scale * total[1]);
+      set(kX, c, -scale * total[1] * values[kRstd * lanes + c]);
       if (p.gbias != nullptr) static_cast<A*>(p.gbias)[c] = static_cast<A>(total[0]);
       if (p.gweight != nullptr) static_cast<A*>(p.gweight)[c] = static_cast<A>(total[1]);
     };
-    const auto apply = [&](std::int64_t c, auto walk) {
-      const Lanes<A, kBackward> lane(g, values, c);
-      walk([&](const Strip& strip) {
-        each_row(strip, 0, strip.rows, [&](std::int64_t r, auto width) {
-          const T *xr = x.row(strip, r), *gr = gy.row(strip, r);
-          alignas(64) A slope[kLanes], curvature[kLanes];
-          slopes(strip, r, width, lane, xr, residual.row(strip, r), slope, curvature);
-#pragma omp simd
-          for (std::int64_t j = 0; j < width; ++j) slope[j] *= load(gr + j);
-          if (gresidual != nullptr) {
-            T* out = gresidual + strip.first + r * strip.row;
-#pragma omp simd
-            for (std::int64_t j = 0; j < width; ++j) store(out + j, slope[j]);
-          }
-          if (gx != nullptr) {
-            T* out = gx + strip.first + r * strip.row;
-#pragma omp simd
-            for (std::int64_t j = 0; j < width; ++j) {
-              const A xh = (load(xr + j) - lane.value[kMean][j]) * lane.value[kRstd][j];
-              store(out + j, lane.value[kScale][j] * slope[j] + lane.value[kX][j] * xh +
-                                 lane.value[kConst][j]);
+    const auto apply = [&](const Strips& strips) FI_NOINLINE {
+      const Lanes<A, kBackward> lane(g, values, strips.c);
+      strips.each([&](const Strip& strip) {
+        const Elements<kBackward> element(*this, lane, strip);
+        for (std::int64_t r = 0; r < strip.rows; ++r) {
+          const std::int64_t at = strip.first + r * strip.row;
+          each_lane<T>(strip, [&](auto pack, std::int64_t j) {
+            using P = decltype(pack);
+            const auto gj = element.template times<P>(element.template slope<P>(r, j),
+                                                      P::load(element.gy.at(r, j)));
+            if (gresidual != nullptr) P::store(gresidual + at + j, gj);
+            if (gx != nullptr) {
+              P::store(gx + at + j, element.template of<P>(kScale, j) * gj +
+                                        element.template of<P>(kConst, j) +
+                                        element.template of<P>(kX, j) *
+                                            element.template centred<P>(r, j));
             }
-          }
-        });
+          });
+        }
       });
     };
     const bool need_sums = p.training ? gx != nullptr || p.gbias != nullptr : p.gbias != nullptr;
@@ -242,36 +309,30 @@ struct Kernel {
 
   void backward_backward() const {
     load_affine();
-    const Source<T> x = source(p.x), residual = source(p.residual), gy = source(p.gy),
-                    v = source(p.v), u = source(p.u);
     T *ggy = static_cast<T*>(p.ggy), *gx2 = static_cast<T*>(p.gx2),
       *gresidual2 = static_cast<T*>(p.gresidual2);
-    const auto sum = [&](std::int64_t c, double* out, std::int64_t stride, auto walk) {
-      const Lanes<A, kAffine> lane(g, values, c);
-      walk([&](const Strip& strip) {
-        sum_rows<A, kSums>(
-            strip, out, stride, [&](std::int64_t r, auto width, A(&sums)[kSums][kLanes]) {
-              const T *xr = x.row(strip, r), *gr = gy.row(strip, r), *vr = v.row(strip, r),
-                      *ur = u.row(strip, r);
-              alignas(64) A slope[kLanes], curvature[kLanes];
-              slopes(strip, r, width, lane, xr, residual.row(strip, r), slope, curvature);
-#pragma omp simd
-              for (std::int64_t j = 0; j < width; ++j) {
-                const A xh = (load(xr + j) - lane.value[kMean][j]) * lane.value[kRstd][j];
-                const A gyj = load(gr + j), vj = load(vr + j);
-                sums[kSv][j] += vj;
-                sums[kSvx][j] += vj * xh;
-                sums[kSvg][j] += vj * slope[j] * gyj;
-                if constexpr (kSmooth) {
-                  const A w = curvature[j] * gyj, vw = vj * w, uw = load(ur + j) * w;
-                  sums[kSw][j] += w;
-                  sums[kSwx][j] += w * xh;
-                  sums[kSwxx][j] += w * xh * xh;
-                  sums[kSvw][j] += vw;
-                  sums[kSvwx][j] += vw * xh;
-                  sums[kSuw][j] += uw;
-                  sums[kSuwx][j] += uw * xh;
-                }
+    const auto sum = [&](const Strips& strips, double* out, std::int64_t stride) FI_NOINLINE {
+      const Lanes<A, kAffine> lane(g, values, strips.c);
+      strips.each([&](const Strip& strip) {
+        const Elements<kAffine> element(*this, lane, strip);
+        sum_rows<T, kSums>(
+            strip, out, stride, [&](auto pack, std::int64_t r, std::int64_t j, auto* sum) {
+              using P = decltype(pack);
+              const auto xh = element.template normalised<P>(r, j);
+              const auto gyj = P::load(element.gy.at(r, j)), vj = P::load(element.v.at(r, j));
+              sum[kSv] += vj;
+              sum[kSvx] += vj * xh;
+              sum[kSvg] += vj * element.template times<P>(element.template slope<P>(r, j), gyj);
+              if constexpr (kSmooth) {
+                const auto w = element.template curvature<P>(r, j) * gyj, vw = vj * w;
+                const auto uw = P::load(element.u.at(r, j)) * w;
+                sum[kSw] += w;
+                sum[kSwx] += w * xh;
+                sum[kSwxx] += w * xh * xh;
+                sum[kSvw] += vw;
+                sum[kSvwx] += vw * xh;
+                sum[kSuw] += uw;
+                sum[kSuwx] += uw * xh;
               }
             });
       });
@@ -294,50 +355,39 @@ struct Kernel {
       // gx2 = const + x xh + v v + g g + scale h
       const double by_v = -scale * rstd * mean_gx, by_g = rstd * (a_weight - scale * mean_vx);
       set(kQConst, c, q_const);
-      set(kQX, c, q_x);
+      set(kQX, c, q_x * rstd);
       set(kGV, c, by_v);
       set(kGG, c, by_g);
       set(kGConst, c, -by_v * mean_v - by_g * mean_g - scale * h1 * share);
-      set(kGX, c, -scale * rstd * a * share - by_v * mean_vx - by_g * mean_gx - scale * h2 * share);
+      const double by_xh =
+          -scale * rstd * a * share - by_v * mean_vx - by_g * mean_gx - scale * h2 * share;
+      set(kGX, c, by_xh * rstd);
     };
-    const auto apply = [&](std::int64_t c, auto walk) {
-      const Lanes<A, kSecond> lane(g, values, c);
-      walk([&](const Strip& strip) {
-        each_row(strip, 0, strip.rows, [&](std::int64_t r, auto width) {
-          const T *xr = x.row(strip, r), *gr = gy.row(strip, r), *vr = v.row(strip, r),
-                  *ur = u.row(strip, r);
+    const auto apply = [&](const Strips& strips) FI_NOINLINE {
+      const Lanes<A, kSecond> lane(g, values, strips.c);
+      strips.each([&](const Strip& strip) {
+        const Elements<kSecond> element(*this, lane, strip);
+        for (std::int64_t r = 0; r < strip.rows; ++r) {
           const std::int64_t at = strip.first + r * strip.row;
-          alignas(64) A slope[kLanes], curvature[kLanes], q[kLanes], xh[kLanes];
-          slopes(strip, r, width, lane, xr, residual.row(strip, r), slope, curvature);
-#pragma omp simd
-          for (std::int64_t j = 0; j < width; ++j) {
-            xh[j] = (load(xr + j) - lane.value[kMean][j]) * lane.value[kRstd][j];
-            q[j] = lane.value[kScale][j] * load(vr + j) + load(ur + j) +
-                   lane.value[kQX][j] * xh[j] + lane.value[kQConst][j];
-          }
-          if (ggy != nullptr) {
-#pragma omp simd
-            for (std::int64_t j = 0; j < width; ++j) store(ggy + at + j, slope[j] * q[j]);
-          }
-          if constexpr (kSmooth) {
-            if (gresidual2 != nullptr) {
-#pragma omp simd
-              for (std::int64_t j = 0; j < width; ++j) {
-                store(gresidual2 + at + j, curvature[j] * load(gr + j) * q[j]);
-              }
+          each_lane<T>(strip, [&](auto pack, std::int64_t j) {
+            using P = decltype(pack);
+            const auto of = [&](int value) { return element.template of<P>(value, j); };
+            const auto d = element.template centred<P>(r, j);
+            const auto gyj = P::load(element.gy.at(r, j)), vj = P::load(element.v.at(r, j));
+            const auto slope = element.template slope<P>(r, j);
+            const auto q =
+                of(kScale) * vj + P::load(element.u.at(r, j)) + of(kQX) * d + of(kQConst);
+            auto second = of(kGConst) + of(kGX) * d + of(kGV) * vj +
+                          of(kGG) * element.template times<P>(slope, gyj);
+            if constexpr (kSmooth) {
+              const auto h = element.template curvature<P>(r, j) * gyj * q;
+              if (gresidual2 != nullptr) P::store(gresidual2 + at + j, h);
+              second += of(kScale) * h;
             }
-          }
-          if (gx2 != nullptr) {
-#pragma omp simd
-            for (std::int64_t j = 0; j < width; ++j) {
-              const A gyj = load(gr + j);
-              A out = lane.value[kGConst][j] + lane.value[kGX][j] * xh[j] +
-                      lane.value[kGV][j] * load(vr + j) + lane.value[kGG][j] * slope[j] * gyj;
-              if constexpr (kSmooth) out += lane.value[kScale][j] * curvature[j] * gyj * q[j];
-              store(gx2 + at + j, out);
-            }
-          }
-        });
+            if (ggy != nullptr) P::store(ggy + at + j, element.template times<P>(slope, q));
+            if (gx2 != nullptr) P::store(gx2 + at + j, second);
+          });
+        }
       });
     };
     const bool need_sums = p.training || p.gweight2 != nullptr || p.gbias2 != nullptr;

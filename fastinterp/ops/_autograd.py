@@ -1,27 +1,75 @@
-"""What the registered derivative formulas share: which gradients are wanted, and where they end."""
+"""Registration of derivative formulas, and what they share: which gradients are wanted."""
 
 from __future__ import annotations
 
 import torch
 
 
+def register_autograd(name: str, backward, setup_context=None) -> None:
+    """torch.library.register_autograd for ``fastinterp::name``, without its look at the schema.
+
+    That look, for default values our schemas do not have, takes 45 us of every call, more than a
+    small layer. As there, the dispatcher's autograd kernel runs the op below autograd and hangs the
+    formula on its outputs, so tracers see the op.
+
+    Args:
+        name: an op whose schema has neither defaults nor keyword-only arguments nor tensor lists.
+        backward: formula(ctx, *grads) -> one gradient or None for every argument.
+        setup_context: function(ctx, inputs, output), or None when the formula only refuses.
+    """
+    op = getattr(torch.ops.fastinterp, name).default
+
+    def run(keyset, args):
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    def forward(ctx, keyset, *args):
+        output = run(keyset, args)
+        if setup_context is not None:
+            setup_context(ctx, args, output)
+        return output
+
+    def formula(ctx, *grads):
+        return None, *backward(ctx, *grads)
+
+    function = type(
+        f"{name}_formula",
+        (torch.autograd.Function,),
+        {"forward": staticmethod(forward), "backward": staticmethod(formula)},
+    )
+
+    def kernel(keyset, *args):
+        if torch.is_grad_enabled() and any(
+            isinstance(a, torch.Tensor) and a.requires_grad for a in args
+        ):
+            return function.apply(keyset, *args)
+        return run(keyset, args)
+
+    _library.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+_library = torch.library.Library("fastinterp", "FRAGMENT")
+
+
 def remember_edges(ctx, inputs) -> None:
     """Called by an op's setup_context so that ``wanted`` can find each argument's next node."""
     ctx.set_materialize_grads(False)
-    ctx.edge_of, edges = {}, 0
-    for i, value in enumerate(inputs):
-        if isinstance(value, torch.Tensor):
-            ctx.edge_of[i] = edges
-            edges += 1
+    tensors = [i for i, value in enumerate(inputs) if isinstance(value, torch.Tensor)]
+    ctx.edge_of = {i: edge for edge, i in enumerate(tensors)}
+
+
+def needs_grad(ctx, i: int) -> bool:
+    """Whether argument ``i`` of the op was a tensor with gradients."""
+    return ctx.needs_input_grad[i + 1]
 
 
 def wanted(ctx, i: int) -> bool:
     """Whether the running backward pass will use the gradient of argument ``i``.
 
-    ``ctx.needs_input_grad`` is True for a weight even where ``torch.autograd.grad`` was asked for
-    the input alone; the engine knows better.
+    ``needs_grad`` is True for a weight even where ``torch.autograd.grad`` was asked for the input
+    alone; the engine knows better.
     """
-    if not ctx.needs_input_grad[i]:
+    if not needs_grad(ctx, i):
         return False
     node = ctx.next_functions[ctx.edge_of[i]][0]
     try:

@@ -29,7 +29,8 @@ _DTYPES = {
 # op name -> the backends that have a kernel for it; filled by the op files
 KERNELS: dict[str, tuple[str, ...]] = {}
 
-_warned: set[tuple[str, str, torch.dtype]] = set()
+# what was decided for (op, device, dtype, FASTINTERP_BACKEND, core); a fallback warns once
+_chosen: dict[tuple, str] = {}
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -98,15 +99,21 @@ def decide(op: str, device: str, dtype: torch.dtype) -> tuple[str, dict[str, str
 def choose(op: str, tensor: torch.Tensor) -> str:
     """The backend for this call, see ``decide``; warns once where it falls back to plain torch."""
     device, dtype = tensor.device.type, tensor.dtype
-    backend, reasons = decide(op, device, dtype)
-    fell_back = backend == "reference" and os.environ.get("FASTINTERP_BACKEND") != "reference"
-    if fell_back and (op, device, dtype) not in _warned:
-        _warned.add((op, device, dtype))
-        because = "; ".join(f"{k}: {v}" for k, v in reasons.items()) or "no kernels for this device"
-        warnings.warn(
-            f"fastinterp::{op} runs as several plain torch kernels on {device} {dtype}, which is "
-            f"slower and keeps more memory ({because})",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+    situation = op, device, dtype, os.environ.get("FASTINTERP_BACKEND"), _native.core
+    backend = _chosen.get(situation)
+    if backend is None:
+        backend, reasons = decide(op, device, dtype)
+        _chosen[situation] = backend
+        if backend == "reference" and os.environ.get("FASTINTERP_BACKEND") != "reference":
+            _warn(op, device, dtype, reasons)
     return backend
+
+
+def _warn(op: str, device: str, dtype: torch.dtype, reasons: dict[str, str]) -> None:
+    because = "; ".join(f"{k}: {v}" for k, v in reasons.items()) or "no kernels for this device"
+    warnings.warn(
+        f"fastinterp::{op} runs as several plain torch kernels on {device} {dtype}, which is "
+        f"slower and keeps more memory ({because})",
+        RuntimeWarning,
+        stacklevel=3,
+    )

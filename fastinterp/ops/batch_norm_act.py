@@ -3,7 +3,7 @@
     y = phi(gamma xh + beta + residual)        xh = (x - mean) rstd, per channel
 
 Three ops: forward, backward and backward of the backward; csrc/cpu/batch_norm_act.cpp has the
-formulas, ``reference_*`` below the same in plain torch. Kept for the backward passes:
+formulas, _batch_norm_act_reference.py the same in plain torch. Kept for the backward passes:
 
     activation        without residual       with residual
     identity          x                      x
@@ -20,13 +20,20 @@ import torch
 
 from fastinterp import _native
 from fastinterp.ops import _backend
-from fastinterp.ops._autograd import no_third_order, remember_edges, wanted
+from fastinterp.ops import _batch_norm_act_reference as reference
+from fastinterp.ops._autograd import (
+    needs_grad,
+    no_third_order,
+    register_autograd,
+    remember_edges,
+    wanted,
+)
+from fastinterp.ops._batch_norm_act_reference import SMOOTH
 from fastinterp.ops._layout import dense, dense_as, is_channels_last
 
 # Codes of csrc/kernels.h, and what alpha is when it is not given.
 ACTIVATIONS = {"identity": 0, "relu": 1, "leaky_relu": 2, "softplus": 3, "silu": 4, "gelu": 5}
 DEFAULT_ALPHA = {"leaky_relu": 0.01, "softplus": 1.0}
-SMOOTH = ("softplus", "silu", "gelu")
 
 _KIND = "bool training, float eps, str activation, float alpha"
 _INPUTS = "Tensor x, Tensor? residual, Tensor? mask, Tensor? weight, Tensor? bias"
@@ -34,7 +41,7 @@ torch.library.define(
     "fastinterp::batch_norm_act",
     "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? running_mean,"
     f" Tensor? running_var, {_KIND})"
-    " -> (Tensor y, Tensor mean, Tensor var, Tensor rstd, Tensor mask)",
+    " -> (Tensor y, Tensor mean, Tensor rstd, Tensor unbiased_var, Tensor mask)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 torch.library.define(
@@ -126,7 +133,7 @@ def batch_norm_act(
     if not training and (running_mean is None or running_var is None):
         raise ValueError("running_mean and running_var are needed when not training")
     acc = _backend.accumulation_dtype(x.dtype)
-    y, mean, var, _, _ = torch.ops.fastinterp.batch_norm_act(
+    y, mean, _, unbiased_var, _ = torch.ops.fastinterp.batch_norm_act(
         x,
         residual,
         _as(weight, acc),
@@ -141,160 +148,12 @@ def batch_norm_act(
     if training and running_mean is not None and count > 0:
         with torch.no_grad():
             running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-            running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
+            running_var.lerp_(unbiased_var.to(running_var.dtype), momentum)
     return y
 
 
 def _as(vector, dtype):
     return None if vector is None else vector.to(dtype)
-
-
-# ---- plain torch
-
-
-def _columns(vector, x):
-    return vector.view(1, -1, *[1] * (x.dim() - 2))
-
-
-def _sum(t):
-    return t.sum([0, *range(2, t.dim())])
-
-
-def _slope(z, activation, alpha):
-    if activation == "relu":
-        return (z > 0).to(z.dtype)
-    if activation == "leaky_relu":
-        return torch.where(z > 0, 1.0, alpha).to(z.dtype)
-    if activation == "softplus":
-        return torch.sigmoid(alpha * z)
-    if activation == "silu":
-        s = torch.sigmoid(z)
-        return s * (1 + z * (1 - s))
-    if activation == "gelu":
-        return torch.special.ndtr(z) + z * _density(z)
-    return torch.ones_like(z)
-
-
-def _curvature(z, activation, alpha):
-    if activation == "softplus":
-        s = torch.sigmoid(alpha * z)
-        return alpha * s * (1 - s)
-    if activation == "silu":
-        s = torch.sigmoid(z)
-        return s * (1 - s) * (2 + z * (1 - 2 * s))
-    return _density(z) * (2 - z * z)
-
-
-def _density(z):
-    return torch.exp(-0.5 * z * z) * 0.3989422804014327
-
-
-def _value(z, activation, alpha):
-    functional = torch.nn.functional
-    if activation == "identity":
-        return z
-    if activation == "leaky_relu":
-        return functional.leaky_relu(z, alpha)
-    if activation == "softplus":
-        return functional.softplus(z, alpha)
-    return getattr(functional, activation)(z)
-
-
-def reference_forward(x, residual, weight, bias, running_mean, running_var, kind):
-    training, eps, activation, alpha = kind
-    x32 = x.to(_backend.accumulation_dtype(x.dtype))
-    if training:
-        count = x.numel() // x.shape[1]
-        mean = _sum(x32) / count
-        var = _sum((x32 - _columns(mean, x)).square()) / count
-    else:
-        mean, var = running_mean.clone(), running_var.clone()
-    rstd = 1 / torch.sqrt(var + eps)
-    z = _pre_activation(x32, residual, weight, bias, mean, rstd)
-    mask = None if residual is None else z > 0
-    return _value(z, activation, alpha).to(x.dtype), mean, var, rstd, mask
-
-
-def _pre_activation(x32, residual, weight, bias, mean, rstd):
-    scale = rstd if weight is None else weight * rstd
-    z = (x32 - _columns(mean, x32)) * _columns(scale, x32)
-    if bias is not None:
-        z = z + _columns(bias, x32)
-    return z if residual is None else z + residual
-
-
-def _normalised(gy, x, residual, mask, weight, bias, mean, rstd, kind):
-    """xh, gy, the slope, the curvature or None, and gamma rstd; in the accumulation dtype."""
-    _, _, activation, alpha = kind
-    acc = mean.dtype
-    x32 = x.to(acc)
-    xh = (x32 - _columns(mean, x)) * _columns(rstd, x)
-    scale = _columns(rstd if weight is None else weight * rstd, x)
-    curvature = None
-    if mask is not None:
-        slope = torch.where(mask, 1.0, _slope(-torch.ones((), dtype=acc), activation, alpha))
-        slope = slope.to(acc)
-    else:
-        z = _pre_activation(x32, residual, weight, bias, mean, rstd)
-        slope = _slope(z, activation, alpha)
-        if activation in SMOOTH:
-            curvature = _curvature(z, activation, alpha)
-    return xh, gy.to(acc), slope, curvature, scale
-
-
-def reference_backward(gy, x, residual, mask, weight, bias, mean, rstd, kind):
-    xh, gy, slope, _, scale = _normalised(gy, x, residual, mask, weight, bias, mean, rstd, kind)
-    g = slope * gy
-    sum_g, sum_gx = _sum(g), _sum(g * xh)
-    gx = g
-    if kind[0]:
-        count = x.numel() // x.shape[1]
-        gx = g - _columns(sum_g, x) / count - xh * _columns(sum_gx, x) / count
-    return (scale * gx).to(x.dtype), g.to(x.dtype), sum_gx, sum_g
-
-
-def reference_backward_backward(
-    v, u, a_weight, a_bias, gy, x, residual, mask, weight, bias, mean, rstd, sum_gx, sum_g, kind
-):
-    xh, gy, slope, curvature, scale = _normalised(
-        gy, x, residual, mask, weight, bias, mean, rstd, kind
-    )
-    zero = torch.zeros((), dtype=mean.dtype, device=x.device)
-    v, u = (zero.expand_as(x) if t is None else t.to(mean.dtype) for t in (v, u))
-    a_weight = zero if a_weight is None else _columns(a_weight, x)
-    a_bias = zero if a_bias is None else _columns(a_bias, x)
-    g, r = slope * gy, _columns(rstd, x)
-
-    def centred(t, total, total_x):
-        if not kind[0]:
-            return t
-        count = x.numel() // x.shape[1]
-        return t - _columns(total, x) / count - xh * _columns(total_x, x) / count
-
-    sum_v, sum_vx = _sum(v), _sum(v * xh)
-    v_centred, g_centred = centred(v, sum_v, sum_vx), centred(g, sum_g, sum_gx)
-    q = scale * v_centred + u + a_weight * xh + a_bias
-    a = _sum(v_centred * g)
-    gx = r * a_weight * g_centred
-    if kind[0]:
-        count = x.numel() // x.shape[1]
-        gx = gx - scale * r / count * (
-            _columns(a, x) * xh + _columns(sum_gx, x) * v_centred + _columns(sum_vx, x) * g_centred
-        )
-    gweight, gbias, h = rstd * a, torch.zeros_like(mean), None
-    if curvature is not None:
-        h = curvature * gy * q
-        gbias, h_x = _sum(h), _sum(h * xh)
-        gweight = gweight + h_x
-        gx = gx + scale * centred(h, gbias, h_x)
-    dtype = x.dtype
-    return (
-        (slope * q).to(dtype),
-        gx.to(dtype),
-        None if h is None else h.to(dtype),
-        gweight,
-        gbias,
-    )
 
 
 # ---- the ops
@@ -353,7 +212,8 @@ def _header(x, kind):
 
 
 def _addresses(*tensors):
-    return [0 if t is None else t.data_ptr() for t in tensors]
+    """0 for None and for the empty tensors that stand for results nobody wants."""
+    return [0 if t is None or not t.numel() else t.data_ptr() for t in tensors]
 
 
 def _contiguous(*vectors):
@@ -368,35 +228,32 @@ def _results(x, acc, tensors, vectors):
     ]
 
 
-def _forward_results(x, residual, activation):
-    y, mean, var, rstd = _results(x, _backend.accumulation_dtype(x.dtype), (True,), (True,) * 3)
+def _forward_results(x, residual, training, activation):
+    acc = _backend.accumulation_dtype(x.dtype)
+    y, mean, rstd, unbiased_var = _results(x, acc, (True,), (True, True, training))
     rows, length = _mask_rows(x) if _keeps_mask(residual, activation) else (0, 0)
-    return y, mean, var, rstd, x.new_empty(rows, -(-length // 8), dtype=torch.uint8)
+    return y, mean, rstd, unbiased_var, x.new_empty(rows, -(-length // 8), dtype=torch.uint8)
 
 
 @torch.library.impl("fastinterp::batch_norm_act", "CompositeExplicitAutograd")
 def _forward(x, residual, weight, bias, running_mean, running_var, *kind):
+    training, _, activation, _ = kind
     x = dense(x)
     residual = dense_as(residual, x)
-    y, mean, var, rstd, mask = results = _forward_results(x, residual, kind[2])
-    keeps_mask = _keeps_mask(residual, kind[2])
+    results = _forward_results(x, residual, training, activation)
+    y, mean, rstd, unbiased_var, mask = results
     if _backend.choose("batch_norm_act", x) == "reference":
         with torch.autocast(x.device.type, enabled=False):
-            values = reference_forward(x, residual, weight, bias, running_mean, running_var, kind)
-        for result, value in zip(results, values, strict=True):
-            if result is not mask:
-                result.copy_(value)
-            elif keeps_mask:
-                result.copy_(_pack(value, x))
-        return results
+            *values, positive = reference.forward(
+                x, residual, weight, bias, running_mean, running_var, kind
+            )
+        return _fill(results, (*values, _pack(positive, x) if mask.numel() else None))
     weight, bias, running_mean, running_var = _contiguous(weight, bias, running_mean, running_var)
     _native.core.cpu_batch_norm_act_forward(
         _header(x, kind),
-        *_addresses(x, residual, weight, bias, mean, rstd, mask if keeps_mask else None),
-        *_addresses(running_mean, running_var, y, var),
+        *_addresses(x, residual, weight, bias, mean, rstd, mask),
+        *_addresses(running_mean, running_var, y, unbiased_var),
     )
-    if not kind[0]:
-        var.copy_(running_var)
     return results
 
 
@@ -405,19 +262,17 @@ def _backward_impl(gy, x, residual, mask, weight, bias, mean, rstd, *options):
     kind, (need_x, need_residual, need_affine) = options[:4], options[4:]
     x = dense(x)
     gy, residual = dense_as(gy, x), dense_as(residual, x)
-    gx, gresidual, gweight, gbias = results = _results(
-        x, mean.dtype, (need_x, need_residual), (need_affine,) * 2
-    )
+    results = _results(x, mean.dtype, (need_x, need_residual), (need_affine,) * 2)
     if _backend.choose("batch_norm_act", x) == "reference":
         with torch.autocast(x.device.type, enabled=False):
             mask = None if mask is None else _unpack(mask, x)
-            values = reference_backward(gy, x, residual, mask, weight, bias, mean, rstd, kind)
+            values = reference.backward(gy, x, residual, mask, weight, bias, mean, rstd, kind)
         return _fill(results, values)
     weight, bias = _contiguous(weight, bias)
     _native.core.cpu_batch_norm_act_backward(
         _header(x, kind),
         *_addresses(x, residual, weight, bias, mean, rstd, mask, gy),
-        *_addresses(*(t if t.numel() else None for t in (gx, gresidual, gweight, gbias))),
+        *_addresses(*results),
     )
     return results
 
@@ -433,7 +288,7 @@ def _backward_backward_impl(
     if _backend.choose("batch_norm_act", x) == "reference":
         with torch.autocast(x.device.type, enabled=False):
             mask = None if mask is None else _unpack(mask, x)
-            values = reference_backward_backward(
+            values = reference.backward_backward(
                 *(v, u, a_weight, a_bias, gy, x, residual, mask, weight, bias, mean, rstd),
                 *(sum_gx, sum_g, kind),
             )
@@ -443,7 +298,7 @@ def _backward_backward_impl(
     _native.core.cpu_batch_norm_act_backward_backward(
         _header(x, kind),
         *_addresses(x, residual, weight, bias, mean, rstd, mask, gy, v, u, a_weight, a_bias),
-        *_addresses(*(t if t.numel() else None for t in (sum_gx, sum_g, *results))),
+        *_addresses(sum_gx, sum_g, *results),
     )
     return results
 
@@ -457,7 +312,7 @@ def _fill(results, values):
 
 @torch.library.register_fake("fastinterp::batch_norm_act")
 def _fake(x, residual, weight, bias, running_mean, running_var, *kind):
-    return _forward_results(dense(x), residual, kind[2])
+    return _forward_results(dense(x), residual, kind[0], kind[2])
 
 
 @torch.library.register_fake("fastinterp::batch_norm_act_backward")
@@ -479,9 +334,9 @@ def _fake_backward_backward(
 
 def _setup_context(ctx, inputs, output):
     x, residual, weight, bias, _, _, *ctx.kind = inputs
-    _, mean, var, rstd, mask = output
+    _, mean, rstd, unbiased_var, mask = output
     remember_edges(ctx, inputs)
-    ctx.mark_non_differentiable(mean, var, rstd, mask)
+    ctx.mark_non_differentiable(mean, rstd, unbiased_var, mask)
     ctx.keeps_mask = _keeps_mask(residual, ctx.kind[2])
     if ctx.kind[2] not in SMOOTH:
         residual = None
@@ -492,11 +347,15 @@ def _backward(ctx, gy, *_):
     if gy is None:
         return (None,) * 10
     x, residual, weight, bias, mean, rstd, mask = ctx.saved_tensors
-    need_x, need_residual, need_weight, need_bias = (wanted(ctx, i) for i in range(4))
+    need_x, need_residual = wanted(ctx, 0), wanted(ctx, 1)
+    sums_are_there = ctx.kind[0] and need_x
+    need_weight, need_bias = (
+        needs_grad(ctx, i) and (sums_are_there or wanted(ctx, i)) for i in (2, 3)
+    )
     gx, gresidual, gweight, gbias = torch.ops.fastinterp.batch_norm_act_backward(
         *(gy, x, residual, mask if ctx.keeps_mask else None, weight, bias, mean, rstd),
         *ctx.kind,
-        *(need_x, need_residual, need_weight or need_bias or (ctx.kind[0] and need_x)),
+        *(need_x, need_residual, need_weight or need_bias or sums_are_there),
     )
     return (
         gx if need_x else None,
@@ -524,9 +383,9 @@ def _backward_backward(ctx, v, u, a_weight, a_bias):
     # Identically zero otherwise; see the table at the top.
     depends_on_x = smooth or a_weight is not None or (training and v is not None)
     need_gy, need_x = wanted(ctx, 0), wanted(ctx, 1) and depends_on_x
-    need_residual = smooth and ctx.needs_input_grad[2] and wanted(ctx, 2)
-    need_weight = ctx.needs_input_grad[4] and (smooth or v is not None) and wanted(ctx, 4)
-    need_bias = ctx.needs_input_grad[5] and smooth and wanted(ctx, 5)
+    need_residual = smooth and wanted(ctx, 2)
+    need_weight = needs_grad(ctx, 4) and (smooth or v is not None)
+    need_bias = needs_grad(ctx, 5) and smooth
     if not (need_gy or need_x or need_residual or need_weight or need_bias):
         return nothing
     ggy, gx, gresidual, gweight, gbias = torch.ops.fastinterp.batch_norm_act_backward_backward(
@@ -546,12 +405,8 @@ def _backward_backward(ctx, v, u, a_weight, a_bias):
     )
 
 
-torch.library.register_autograd(
-    "fastinterp::batch_norm_act", _backward, setup_context=_setup_context
+register_autograd("batch_norm_act", _backward, setup_context=_setup_context)
+register_autograd(
+    "batch_norm_act_backward", _backward_backward, setup_context=_setup_context_backward
 )
-torch.library.register_autograd(
-    "fastinterp::batch_norm_act_backward", _backward_backward, setup_context=_setup_context_backward
-)
-torch.library.register_autograd(
-    "fastinterp::batch_norm_act_backward_backward", no_third_order("batch_norm_act")
-)
+register_autograd("batch_norm_act_backward_backward", no_third_order("batch_norm_act"))

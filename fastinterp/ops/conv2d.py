@@ -12,7 +12,7 @@ vendor kernels:
     D         F(cotangent, w)               W(gy, cotangent)
     W         F(x, cotangent)               D(gy, cotangent)
 
-torch's own second derivative instead writes the weight gradient as a convolution with a kernel as
+torch's own second derivative instead makes the weight gradient a convolution with a kernel as
 large as the feature map, and computes weight gradients that nobody asked for. The arithmetic is left
 to torch's convolution and convolution_backward.
 """
@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import torch
 
-from fastinterp.ops._autograd import remember_edges, wanted
+from fastinterp.ops._autograd import needs_grad, register_autograd, remember_edges, wanted
 
 _OPTIONS = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups"
 torch.library.define(
@@ -151,7 +151,7 @@ def _setup_context(ctx, inputs, output):
     x, weight, _, *ctx.options = inputs
     remember_edges(ctx, inputs)
     # What the other's gradient needs; frozen weights keep no activations.
-    need_x, need_weight = ctx.needs_input_grad[:2]
+    need_x, need_weight = needs_grad(ctx, 0), needs_grad(ctx, 1)
     ctx.sizes = x.shape, weight.shape
     ctx.save_for_backward(x if need_weight else None, weight if need_x else None)
 
@@ -173,7 +173,7 @@ def _backward(ctx, gy):
 def _setup_context_input_grad(ctx, inputs, output):
     gy, weight, ctx.input_size, *ctx.options = inputs
     remember_edges(ctx, inputs)
-    need_gy, need_weight = ctx.needs_input_grad[:2]
+    need_gy, need_weight = needs_grad(ctx, 0), needs_grad(ctx, 1)
     ctx.weight_size = weight.shape
     ctx.save_for_backward(gy if need_weight else None, weight if need_gy else None)
 
@@ -192,7 +192,7 @@ def _backward_input_grad(ctx, v):
 def _setup_context_weight_grad(ctx, inputs, output):
     gy, x, _, *ctx.options = inputs
     remember_edges(ctx, inputs)
-    need_gy, need_x = ctx.needs_input_grad[:2]
+    need_gy, need_x = needs_grad(ctx, 0), needs_grad(ctx, 1)
     ctx.input_size = x.shape
     ctx.save_for_backward(gy if need_x else None, x if need_gy else None)
 
@@ -208,12 +208,12 @@ def _backward_weight_grad(ctx, u):
     return ggy, gx, *(None,) * 5
 
 
-torch.library.register_autograd("fastinterp::conv2d", _backward, setup_context=_setup_context)
-torch.library.register_autograd(
-    "fastinterp::conv2d_input_grad", _backward_input_grad, setup_context=_setup_context_input_grad
+register_autograd("conv2d", _backward, setup_context=_setup_context)
+register_autograd(
+    "conv2d_input_grad", _backward_input_grad, setup_context=_setup_context_input_grad
 )
-torch.library.register_autograd(
-    "fastinterp::conv2d_weight_grad",
+register_autograd(
+    "conv2d_weight_grad",
     _backward_weight_grad,
     setup_context=_setup_context_weight_grad,
 )
