@@ -31,6 +31,15 @@ struct AttackStep {
   int threads;
 };
 
+enum class Activation : int {
+  identity = 0,
+  relu = 1,
+  leaky_relu = 2,
+  softplus = 3,
+  silu = 4,
+  gelu = 5
+};
+
 enum class MapNorm : int { l1 = 0, l2 = 1 };
 
 // Feature maps are addressed as base[n * example + c * channel + p * pixel], p = h * width + w,
