@@ -74,12 +74,39 @@ struct CamDiscrepancy {
   void* scratch;  // cam_discrepancy_scratch_bytes(p) bytes, 64-byte aligned
 };
 
+// An offset numbers the elements of a window, row by row, padding included; kNoOffset marks a
+// window that lies in the padding altogether.
+constexpr std::uint8_t kNoOffset = 255;
+
+// Three passes over one geometry, each element (n, c, i, j) of `pooled` standing for a window of
+// `map` that starts at row i * stride[0] - padding[0], column j * stride[1] - padding[1]:
+//     forward            map -> pooled, offsets      the largest of the window and where it is
+//     backward           pooled, offsets -> map      sums into where the largest was, zero elsewhere
+//     backward_backward  map, offsets -> pooled      reads there; zero for kNoOffset
+struct MaxPool2d {
+  DType dtype;
+  bool channels_last;                         // all three tensors NHWC, else NCHW; dense
+  std::int64_t examples, channels;            // N, C
+  std::int64_t height, width;                 // H, W
+  std::int64_t pooled_height, pooled_width;   // h, w
+  std::int64_t kernel[2], stride[2], padding[2], dilation[2];  // kernel[0] * kernel[1] <= 255
+  void* map;              // (N, C, H, W) dtype
+  void* pooled;           // (N, C, h, w) dtype
+  std::uint8_t* offsets;  // (N, C, h, w)
+  int threads;
+  void* scratch;  // max_pool2d_scratch_bytes(p) bytes for backward, which may be none
+};
+
 namespace cpu {
 const char* instruction_set();  // the variant chosen at run time: "baseline", "avx2" or "avx512"
 void attack_step(const AttackStep& p);
 std::int64_t cam_discrepancy_scratch_bytes(const CamDiscrepancy& p);
 void cam_discrepancy_forward(const CamDiscrepancy& p);
 void cam_discrepancy_backward(const CamDiscrepancy& p);
+void max_pool2d(const MaxPool2d& p);
+std::int64_t max_pool2d_scratch_bytes(const MaxPool2d& p);
+void max_pool2d_backward(const MaxPool2d& p);
+void max_pool2d_backward_backward(const MaxPool2d& p);
 }  // namespace cpu
 
 #ifdef FASTINTERP_WITH_CUDA

@@ -12,4 +12,5 @@ PYBIND11_MODULE(_core, m) {
 #endif
   bind_attack_step(m);
   bind_cam_discrepancy(m);
+  bind_max_pool2d(m);
 }

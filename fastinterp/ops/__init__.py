@@ -2,5 +2,6 @@
 
 from fastinterp.ops.attack_step import attack_step
 from fastinterp.ops.cam_discrepancy import cam_discrepancy
+from fastinterp.ops.max_pool2d import max_pool2d
 
-__all__ = ["attack_step", "cam_discrepancy"]
+__all__ = ["attack_step", "cam_discrepancy", "max_pool2d"]
