@@ -94,7 +94,7 @@ struct MaxPool2d {
   void* pooled;           // (N, C, h, w) dtype
   std::uint8_t* offsets;  // (N, C, h, w)
   int threads;
-  void* scratch;  // max_pool2d_scratch_bytes(p) bytes for backward, which may be none
+  void* scratch;  // max_pool2d_scratch_bytes(p) bytes, which may be none, 64-byte aligned
 };
 
 namespace cpu {

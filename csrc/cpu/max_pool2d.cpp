@@ -1,11 +1,14 @@
-#include "arch.h"
+#include "vector.h"
 
 namespace fastinterp {
 namespace cpu {
 namespace FI_ARCH {
 namespace {
 
-constexpr std::int64_t kLanes = 256;  // neighbours in memory worked on at a time
+constexpr std::int64_t kLanes = 256;               // pooled elements of a row worked on at a time
+constexpr std::int64_t kBlock = 16;                // narrow planes worked on at a time
+constexpr std::int64_t kBlockPlane = 1 << 15;      // elements of the largest such plane
+constexpr std::int64_t kNarrow = 32;               // columns below which pooled planes are narrow
 constexpr std::int64_t kSerialElements = 1 << 15;  // map elements below which threads cost more
 
 std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
@@ -14,63 +17,148 @@ bool parallel(const MaxPool2d& p) {
   return p.threads > 1 && p.examples * p.channels * p.height * p.width >= kSerialElements;
 }
 
-// Lanes are neighbours in memory of one row of `pooled`: channels of one position where they are
-// last, positions otherwise.
-struct Line {
-  std::int64_t row;    // n * h + i, or (n * C + c) * h + i
-  std::int64_t i, j;   // position of the first lane
-  std::int64_t first;  // its channel where channels are last
-  std::int64_t lanes;
-  std::int64_t pooled;  // its index in `pooled` and `offsets`
+// The first largest element wins, and a NaN wins over all before it. Offsets are kept as A
+// meanwhile, so that all lanes have one width. P is A or a vector of A.
+template <typename A, typename P>
+inline void take_larger(P v, A number, P& best, P& where) {
+  const auto take = (v > best) | (v != v) | (where == A(kNoOffset));
+  best = take ? v : best;
+  where = take ? P{} + number : where;
+}
+
+// ---- channels last: lanes are the channels of a position ----
+
+// The positions that one position draws from, and the number of each in its window.
+struct Sources {
+  std::int64_t count = 0;
+  std::int64_t at[kNoOffset], number[kNoOffset];
+  void add(std::int64_t position, std::int64_t k) {
+    at[count] = position;
+    number[count++] = k;
+  }
 };
 
-template <typename F>
-void for_each_line(const MaxPool2d& p, F f) {
-  const std::int64_t planes = p.channels_last ? p.examples : p.examples * p.channels;
-  const std::int64_t rows = planes * p.pooled_height;
+// Elements a of the window at `position` along an axis that are inside the map.
+Sources elements(const MaxPool2d& p, int axis, std::int64_t position) {
+  const std::int64_t size = axis == 0 ? p.height : p.width;
+  const std::int64_t start = position * p.stride[axis] - p.padding[axis];
+  Sources found;
+  for (std::int64_t a = 0; a < p.kernel[axis]; ++a) {
+    const std::int64_t at = start + a * p.dilation[axis];
+    if (at >= 0 && at < size) found.add(at, a);
+  }
+  return found;
+}
+
+// Windows along an axis whose element a is the `position` of the map.
+Sources windows(const MaxPool2d& p, int axis, std::int64_t position) {
+  const std::int64_t count = axis == 0 ? p.pooled_height : p.pooled_width;
+  const auto step = static_cast<std::uint32_t>(p.stride[axis]);  // 32-bit division is much faster
+  Sources found;
+  for (std::int64_t a = 0; a < p.kernel[axis]; ++a) {
+    const std::int64_t start = position + p.padding[axis] - a * p.dilation[axis];
+    if (start < 0) continue;
+    const auto from = static_cast<std::uint32_t>(start);
+    const std::int64_t window = from / step;
+    if (from % step == 0 && window < count) found.add(window, a);
+  }
+  return found;
+}
+
+// f(first channel, P{}), P being a vector of A for as long as there are enough channels.
+template <typename A, typename F>
+void for_channels(std::int64_t channels, F f) {
+  using V = typename Vector<A>::type;
+  std::int64_t c = 0;
+  for (; c + Vector<A>::lanes <= channels; c += Vector<A>::lanes) f(c, V{});
+  for (; c < channels; ++c) f(c, A{});
+}
+
+// f(position, its sources) for every position of a (planes, height, width) tensor; the sources lie
+// in one of (planes, from_height, from_width) and are what `find` gives along each axis.
+template <typename Find, typename F>
+void for_positions(const MaxPool2d& p, std::int64_t height, std::int64_t width,
+                   std::int64_t from_height, std::int64_t from_width, Find find, F f) {
 #pragma omp parallel for schedule(static) num_threads(p.threads) if (parallel(p))
-  for (std::int64_t row = 0; row < rows; ++row) {
-    const std::int64_t i = row % p.pooled_height;
-    if (p.channels_last) {
-      for (std::int64_t j = 0; j < p.pooled_width; ++j) {
-        const std::int64_t start = (row * p.pooled_width + j) * p.channels;
-        for (std::int64_t c = 0; c < p.channels; c += kLanes) {
-          f(Line{row, i, j, c, smaller(kLanes, p.channels - c), start + c});
+  for (std::int64_t row = 0; row < p.examples * height; ++row) {
+    const Sources rows = find(p, 0, row % height);
+    const std::int64_t plane = row / height * from_height;
+    for (std::int64_t j = 0; j < width; ++j) {
+      const Sources columns = find(p, 1, j);
+      Sources both;
+      for (std::int64_t a = 0; a < rows.count; ++a) {
+        const std::int64_t at = (plane + rows.at[a]) * from_width;
+        for (std::int64_t b = 0; b < columns.count; ++b) {
+          both.add(at + columns.at[b], rows.number[a] * p.kernel[1] + columns.number[b]);
         }
       }
-    } else {
-      for (std::int64_t j = 0; j < p.pooled_width; j += kLanes) {
-        f(Line{row, i, j, 0, smaller(kLanes, p.pooled_width - j), row * p.pooled_width + j});
-      }
+      f(row * width + j, both);
     }
   }
 }
 
-// Calls f(k, at, begin, end, step) for every element k of the windows: the lanes [begin, end) have
-// it inside the map, the first of them at map[at], the others `step` further each.
+// The same over the windows and their elements, and over the map and the windows that cover it.
 template <typename F>
-void for_each_element(const MaxPool2d& p, const Line& line, F f) {
-  const std::int64_t top = line.i * p.stride[0] - p.padding[0];
-  const std::int64_t left = line.j * p.stride[1] - p.padding[1];
-  const std::int64_t plane = line.row / p.pooled_height, step = p.stride[1];
-  for (std::int64_t a = 0; a < p.kernel[0]; ++a) {
-    const std::int64_t h = top + a * p.dilation[0];
-    if (h < 0 || h >= p.height) continue;
-    const std::int64_t row = (plane * p.height + h) * p.width;
-    for (std::int64_t b = 0; b < p.kernel[1]; ++b) {
-      const std::int64_t k = a * p.kernel[1] + b, w = left + b * p.dilation[1];
-      if (p.channels_last) {
-        if (w < 0 || w >= p.width) continue;
-        f(k, (row + w) * p.channels + line.first, 0, line.lanes, 1);
-      } else {
-        const std::int64_t begin = w < 0 ? (step - 1 - w) / step : 0;
-        std::int64_t end = line.lanes;
-        if (w + (end - 1) * step >= p.width) end = w >= p.width ? 0 : (p.width - 1 - w) / step + 1;
-        if (begin < end) f(k, row + w + begin * step, begin, end, step);
-      }
-    }
-  }
+void for_windows(const MaxPool2d& p, F f) {
+  for_positions(p, p.pooled_height, p.pooled_width, p.height, p.width, elements, f);
 }
+template <typename F>
+void for_map(const MaxPool2d& p, F f) {
+  for_positions(p, p.height, p.width, p.pooled_height, p.pooled_width, windows, f);
+}
+
+template <typename T>
+void forward_last(const MaxPool2d& p) {
+  using A = acc_t<T>;
+  for_windows(p, [&](std::int64_t o, const Sources& s) {
+    for_channels<A>(p.channels, [&](std::int64_t c, auto zero) {
+      using P = decltype(zero);
+      P best = zero - A(__builtin_inf()), where = zero + A(kNoOffset);
+      for (std::int64_t e = 0; e < s.count; ++e) {
+        const T* map = static_cast<const T*>(p.map) + s.at[e] * p.channels + c;
+        take_larger<A, P>(Pack<P>::load_from(map), static_cast<A>(s.number[e]), best, where);
+      }
+      Pack<P>::store_to(static_cast<T*>(p.pooled) + o * p.channels + c, best);
+      Pack<P>::store_to(p.offsets + o * p.channels + c, where);
+    });
+  });
+}
+
+template <typename T>
+void backward_last(const MaxPool2d& p) {
+  using A = acc_t<T>;
+  for_map(p, [&](std::int64_t m, const Sources& s) {
+    for_channels<A>(p.channels, [&](std::int64_t c, auto zero) {
+      using P = decltype(zero);
+      P sum = zero;
+      for (std::int64_t e = 0; e < s.count; ++e) {
+        const std::int64_t at = s.at[e] * p.channels + c;
+        const P grad = Pack<P>::load_from(static_cast<const T*>(p.pooled) + at);
+        sum += Pack<P>::load_from(p.offsets + at) == static_cast<A>(s.number[e]) ? grad : zero;
+      }
+      Pack<P>::store_to(static_cast<T*>(p.map) + m * p.channels + c, sum);
+    });
+  });
+}
+
+template <typename T>
+void gather_last(const MaxPool2d& p) {
+  using A = acc_t<T>;
+  for_windows(p, [&](std::int64_t o, const Sources& s) {
+    for_channels<A>(p.channels, [&](std::int64_t c, auto zero) {
+      using P = decltype(zero);
+      const P where = Pack<P>::load_from(p.offsets + o * p.channels + c);
+      P found = zero;
+      for (std::int64_t e = 0; e < s.count; ++e) {
+        const T* map = static_cast<const T*>(p.map) + s.at[e] * p.channels + c;
+        found = where == static_cast<A>(s.number[e]) ? Pack<P>::load_from(map) : found;
+      }
+      Pack<P>::store_to(static_cast<T*>(p.pooled) + o * p.channels + c, found);
+    });
+  });
+}
+
+// ---- NCHW ----
 
 // Calls f with the step as a constant where that lets the compiler vectorise.
 template <typename F>
@@ -80,42 +168,93 @@ void with_step(std::int64_t step, F f) {
   f([step](std::int64_t l) { return step * l; });
 }
 
-// The first largest element of a window wins, and a NaN wins over all before it. Offsets are kept as
-// A meanwhile, so that all lanes have one width.
+// Wide planes: lanes are neighbours in a row of `pooled`.
 template <typename T>
-void forward(const MaxPool2d& p) {
+void forward_rows(const MaxPool2d& p) {
   using A = acc_t<T>;
-  const T* map = static_cast<const T*>(p.map);
-  for_each_line(p, [&](const Line& line) {
-    A best[kLanes], where[kLanes];
-    for (std::int64_t l = 0; l < line.lanes; ++l) best[l] = -A(__builtin_inf()), where[l] = kNoOffset;
-    for_each_element(p, line, [&](std::int64_t k, std::int64_t at, std::int64_t begin,
-                                  std::int64_t end, std::int64_t step) {
-      const A number = static_cast<A>(k);
-      A *b = best + begin, *o = where + begin;
-      with_step(step, [&](auto place) {
+  const std::int64_t rows = p.examples * p.channels * p.pooled_height, step = p.stride[1];
+#pragma omp parallel for schedule(static) num_threads(p.threads) if (parallel(p))
+  for (std::int64_t row = 0; row < rows; ++row) {
+    const std::int64_t plane = row / p.pooled_height, i = row % p.pooled_height;
+    for (std::int64_t j = 0; j < p.pooled_width; j += kLanes) {
+      const std::int64_t lanes = smaller(kLanes, p.pooled_width - j);
+      A best[kLanes], where[kLanes];
+      for (std::int64_t l = 0; l < lanes; ++l) best[l] = -A(__builtin_inf()), where[l] = kNoOffset;
+      for (std::int64_t k = 0; k < p.kernel[0] * p.kernel[1]; ++k) {
+        const std::int64_t a = k / p.kernel[1], b = k % p.kernel[1];
+        const std::int64_t h = i * p.stride[0] - p.padding[0] + a * p.dilation[0];
+        const std::int64_t w = j * step - p.padding[1] + b * p.dilation[1];  // of the first lane
+        if (h < 0 || h >= p.height || w >= p.width) continue;
+        const std::int64_t begin = w < 0 ? (step - 1 - w) / step : 0;
+        const std::int64_t end = smaller(lanes, (p.width - 1 - w) / step + 1);
+        const T* map = static_cast<const T*>(p.map) + (plane * p.height + h) * p.width +
+                       (w + begin * step);
+        const A number = static_cast<A>(k);
+        A *first = best + begin, *first_where = where + begin;
+        with_step(step, [&](auto place) {
 #pragma omp simd
-        for (std::int64_t l = 0; l < end - begin; ++l) {
-          const A v = load(map + at + place(l)), old = b[l], seen = o[l];
-          const bool take = (v > old) | (v != v) | (seen == A(kNoOffset));
-          b[l] = take ? v : old;
-          o[l] = take ? number : seen;
-        }
-      });
-    });
-    T* pooled = static_cast<T*>(p.pooled) + line.pooled;
-    std::uint8_t* offsets = p.offsets + line.pooled;
+          for (std::int64_t l = 0; l < end - begin; ++l) {
+            take_larger<A>(load(map + place(l)), number, first[l], first_where[l]);
+          }
+        });
+      }
+      T* pooled = static_cast<T*>(p.pooled) + row * p.pooled_width + j;
+      std::uint8_t* offsets = p.offsets + row * p.pooled_width + j;
 #pragma omp simd
-    for (std::int64_t l = 0; l < line.lanes; ++l) {
-      store(pooled + l, best[l]);
-      offsets[l] = static_cast<std::uint8_t>(static_cast<int>(where[l]));
+      for (std::int64_t l = 0; l < lanes; ++l) store(pooled + l, best[l]);
+#pragma omp simd
+      for (std::int64_t l = 0; l < lanes; ++l) Pack<A>::store_to(offsets + l, where[l]);
     }
-  });
+  }
+}
+
+bool by_blocks(const MaxPool2d& p) {
+  return !p.channels_last && p.pooled_width < kNarrow && p.height * p.width <= kBlockPlane;
+}
+
+std::int64_t block_bytes(const MaxPool2d& p, std::int64_t element) {
+  const std::int64_t bytes = p.height * p.width * element +
+                             p.pooled_height * p.pooled_width * (element + 1);
+  return (bytes * kBlock + 63) / 64 * 64;
+}
+
+// Narrow planes: a block of them is brought into channels_last and worked on there.
+template <typename T>
+void forward_blocks(const MaxPool2d& p) {
+  const std::int64_t planes = p.examples * p.channels;
+  const std::int64_t size = p.height * p.width, pooled_size = p.pooled_height * p.pooled_width;
+#pragma omp parallel for schedule(static) num_threads(p.threads) if (parallel(p))
+  for (std::int64_t first = 0; first < planes; first += kBlock) {
+    const std::int64_t lanes = smaller(kBlock, planes - first);
+    MaxPool2d block = p;
+    block.examples = block.threads = 1;
+    block.channels = kBlock;
+    T* map = reinterpret_cast<T*>(static_cast<char*>(p.scratch) +
+                                  thread_index() * block_bytes(p, sizeof(T)));
+    T* pooled = map + size * kBlock;
+    block.map = map;
+    block.pooled = pooled;
+    block.offsets = reinterpret_cast<std::uint8_t*>(pooled + pooled_size * kBlock);
+    const T* from = static_cast<const T*>(p.map) + first * size;
+    for (std::int64_t m = 0; m < size; ++m) {
+      for (std::int64_t l = 0; l < lanes; ++l) map[m * kBlock + l] = from[l * size + m];
+      for (std::int64_t l = lanes; l < kBlock; ++l) map[m * kBlock + l] = T{};
+    }
+    forward_last<T>(block);
+    T* to = static_cast<T*>(p.pooled) + first * pooled_size;
+    std::uint8_t* offsets = p.offsets + first * pooled_size;
+    for (std::int64_t l = 0; l < lanes; ++l) {
+      for (std::int64_t o = 0; o < pooled_size; ++o) {
+        to[l * pooled_size + o] = pooled[o * kBlock + l];
+        offsets[l * pooled_size + o] = block.offsets[o * kBlock + l];
+      }
+    }
+  }
 }
 
 // Where the elements of a window lie in a plane of the map, counted from the window's start.
 struct Places {
-  std::int64_t at[256];
+  std::int64_t at[kNoOffset];
   explicit Places(const MaxPool2d& p) {
     for (std::int64_t k = 0; k < p.kernel[0] * p.kernel[1]; ++k) {
       at[k] = k / p.kernel[1] * p.dilation[0] * p.width + k % p.kernel[1] * p.dilation[1];
@@ -125,7 +264,7 @@ struct Places {
 
 // f(o, m) for every window of a plane that has an element: `pooled` at o came from the map at m.
 template <typename F>
-void for_each_source(const MaxPool2d& p, const Places& places, const std::uint8_t* offsets, F f) {
+void for_sources(const MaxPool2d& p, const Places& places, const std::uint8_t* offsets, F f) {
   for (std::int64_t i = 0; i < p.pooled_height; ++i) {
     const std::int64_t start = (i * p.stride[0] - p.padding[0]) * p.width - p.padding[1];
     for (std::int64_t j = 0; j < p.pooled_width; ++j) {
@@ -152,49 +291,11 @@ void backward_planes(const MaxPool2d& p) {
       sums = static_cast<A*>(p.scratch) + thread_index() * size;
     }
     for (std::int64_t m = 0; m < size; ++m) sums[m] = 0;
-    for_each_source(p, places, p.offsets + plane * windows,
-                    [&](std::int64_t o, std::int64_t m) { sums[m] += load(pooled + o); });
+    for_sources(p, places, p.offsets + plane * windows,
+                [&](std::int64_t o, std::int64_t m) { sums[m] += load(pooled + o); });
     if constexpr (sizeof(A) != sizeof(T)) {
 #pragma omp simd
       for (std::int64_t m = 0; m < size; ++m) store(map + m, sums[m]);
-    }
-  }
-}
-
-// Channels last: every position of the map collects from the windows that cover it.
-template <typename T>
-void backward_positions(const MaxPool2d& p) {
-  using A = acc_t<T>;
-#pragma omp parallel for schedule(static) num_threads(p.threads) if (parallel(p))
-  for (std::int64_t row = 0; row < p.examples * p.height; ++row) {
-    const std::int64_t n = row / p.height, h = row % p.height;
-    for (std::int64_t w = 0; w < p.width; ++w) {
-      for (std::int64_t c = 0; c < p.channels; c += kLanes) {
-        const std::int64_t lanes = smaller(kLanes, p.channels - c);
-        A sums[kLanes];
-        for (std::int64_t l = 0; l < lanes; ++l) sums[l] = 0;
-        for (std::int64_t a = 0; a < p.kernel[0]; ++a) {
-          const std::int64_t y = h + p.padding[0] - a * p.dilation[0], i = y / p.stride[0];
-          if (y < 0 || y % p.stride[0] != 0 || i >= p.pooled_height) continue;
-          for (std::int64_t b = 0; b < p.kernel[1]; ++b) {
-            const std::int64_t x = w + p.padding[1] - b * p.dilation[1], j = x / p.stride[1];
-            if (x < 0 || x % p.stride[1] != 0 || j >= p.pooled_width) continue;
-            const std::int64_t at =
-                ((n * p.pooled_height + i) * p.pooled_width + j) * p.channels + c;
-            const T* pooled = static_cast<const T*>(p.pooled) + at;
-            const std::uint8_t* offsets = p.offsets + at;
-            const A number = static_cast<A>(a * p.kernel[1] + b);
-#pragma omp simd
-            for (std::int64_t l = 0; l < lanes; ++l) {
-              const A g = load(pooled + l);
-              sums[l] += static_cast<A>(offsets[l]) == number ? g : A(0);
-            }
-          }
-        }
-        T* map = static_cast<T*>(p.map) + (row * p.width + w) * p.channels + c;
-#pragma omp simd
-        for (std::int64_t l = 0; l < lanes; ++l) store(map + l, sums[l]);
-      }
     }
   }
 }
@@ -208,56 +309,38 @@ void gather_planes(const MaxPool2d& p) {
     const T* map = static_cast<const T*>(p.map) + plane * size;
     T* pooled = static_cast<T*>(p.pooled) + plane * windows;
     for (std::int64_t o = 0; o < windows; ++o) pooled[o] = T{};
-    for_each_source(p, places, p.offsets + plane * windows,
-                    [&](std::int64_t o, std::int64_t m) { pooled[o] = map[m]; });
+    for_sources(p, places, p.offsets + plane * windows,
+                [&](std::int64_t o, std::int64_t m) { pooled[o] = map[m]; });
   }
-}
-
-template <typename T>
-void gather_positions(const MaxPool2d& p) {
-  using A = acc_t<T>;
-  const T* map = static_cast<const T*>(p.map);
-  for_each_line(p, [&](const Line& line) {
-    const std::uint8_t* offsets = p.offsets + line.pooled;
-    A found[kLanes];
-    for (std::int64_t l = 0; l < line.lanes; ++l) found[l] = 0;
-    for_each_element(p, line, [&](std::int64_t k, std::int64_t at, std::int64_t, std::int64_t,
-                                  std::int64_t) {
-      const A number = static_cast<A>(k);
-#pragma omp simd
-      for (std::int64_t l = 0; l < line.lanes; ++l) {
-        const A v = load(map + at + l), old = found[l];
-        found[l] = static_cast<A>(offsets[l]) == number ? v : old;
-      }
-    });
-    T* pooled = static_cast<T*>(p.pooled) + line.pooled;
-#pragma omp simd
-    for (std::int64_t l = 0; l < line.lanes; ++l) store(pooled + l, found[l]);
-  });
 }
 
 }  // namespace
 
 std::int64_t max_pool2d_scratch_bytes(const MaxPool2d& p) {
-  if (p.channels_last || p.dtype == DType::f32 || p.dtype == DType::f64) return 0;
-  return p.threads * p.height * p.width * static_cast<std::int64_t>(sizeof(float));
+  const std::int64_t element = p.dtype == DType::f64 ? 8 : p.dtype == DType::f32 ? 4 : 2;
+  const std::int64_t blocks = by_blocks(p) ? block_bytes(p, element) : 0;
+  const std::int64_t sums = p.channels_last || element != 2 ? 0 : p.height * p.width * 4;
+  return p.threads * (blocks > sums ? blocks : sums);
 }
 
 void max_pool2d(const MaxPool2d& p) {
-  with_dtype(p.dtype, [&](auto element) { forward<decltype(element)>(p); });
+  with_dtype(p.dtype, [&](auto element) {
+    using T = decltype(element);
+    p.channels_last ? forward_last<T>(p) : by_blocks(p) ? forward_blocks<T>(p) : forward_rows<T>(p);
+  });
 }
 
 void max_pool2d_backward(const MaxPool2d& p) {
   with_dtype(p.dtype, [&](auto element) {
     using T = decltype(element);
-    p.channels_last ? backward_positions<T>(p) : backward_planes<T>(p);
+    p.channels_last ? backward_last<T>(p) : backward_planes<T>(p);
   });
 }
 
 void max_pool2d_backward_backward(const MaxPool2d& p) {
   with_dtype(p.dtype, [&](auto element) {
     using T = decltype(element);
-    p.channels_last ? gather_positions<T>(p) : gather_planes<T>(p);
+    p.channels_last ? gather_last<T>(p) : gather_planes<T>(p);
   });
 }
 

@@ -1,40 +1,18 @@
 // A register-tiled product of small matrices, nearly all the arithmetic of the CAM kernels.
 #pragma once
 
-#include "arch.h"
+#include "vector.h"
 
 namespace fastinterp {
 namespace cpu {
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int kVectorBytes = 64;
 constexpr int kTileVectors = 4;
-#elif defined(__AVX2__)
-constexpr int kVectorBytes = 32;
-constexpr int kTileVectors = 2;
 #else
-constexpr int kVectorBytes = 16;
 constexpr int kTileVectors = 2;
 #endif
 constexpr int kTileRows = 4;
-
-template <typename A>
-struct Vector {
-  static constexpr int lanes = kVectorBytes / sizeof(A);
-  typedef A type __attribute__((vector_size(kVectorBytes)));
-  // The same without an alignment to rely on, for loads and stores.
-  typedef A loose __attribute__((vector_size(kVectorBytes), aligned(sizeof(A)), may_alias));
-};
-
-template <typename A>
-inline typename Vector<A>::type load_vector(const A* p) {
-  return *reinterpret_cast<const typename Vector<A>::loose*>(p);
-}
-template <typename A>
-inline void store_vector(A* p, typename Vector<A>::type v) {
-  *reinterpret_cast<typename Vector<A>::loose*>(p) = v;
-}
 
 // A matrix read at a[i * row + l * column].
 template <typename A>
