@@ -74,6 +74,25 @@ struct CamDiscrepancy {
   void* scratch;  // cam_discrepancy_scratch_bytes(p) bytes, 64-byte aligned
 };
 
+// Elementwise, with phi and its derivatives of activations.h:
+//     forward             y = phi(z)
+//     backward            gz = phi'(z) gy
+//     backward_backward   ggy = phi'(z) v,  gz2 = phi''(z) gy v
+struct ActivationPass {
+  DType dtype;
+  Activation kind;     // not identity, relu or leaky_relu
+  double alpha;
+  std::int64_t count;  // all tensors (count,) dtype, dense, in one order
+  const void* z;
+  const void* gy;
+  const void* v;
+  void* y;
+  void* gz;
+  void* ggy;  // or null
+  void* gz2;  // or null
+  int threads;
+};
+
 // An offset numbers the elements of a window, row by row, padding included; kNoOffset marks a
 // window that lies in the padding altogether.
 constexpr std::uint8_t kNoOffset = 255;
@@ -103,6 +122,9 @@ void attack_step(const AttackStep& p);
 std::int64_t cam_discrepancy_scratch_bytes(const CamDiscrepancy& p);
 void cam_discrepancy_forward(const CamDiscrepancy& p);
 void cam_discrepancy_backward(const CamDiscrepancy& p);
+void activation(const ActivationPass& p);
+void activation_backward(const ActivationPass& p);
+void activation_backward_backward(const ActivationPass& p);
 void max_pool2d(const MaxPool2d& p);
 std::int64_t max_pool2d_scratch_bytes(const MaxPool2d& p);
 void max_pool2d_backward(const MaxPool2d& p);

@@ -10,6 +10,7 @@ PYBIND11_MODULE(_core, m) {
 #else
   m.attr("cuda_architectures") = py::none();
 #endif
+  bind_activation(m);
   bind_attack_step(m);
   bind_cam_discrepancy(m);
   bind_max_pool2d(m);

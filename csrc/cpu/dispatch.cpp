@@ -57,6 +57,11 @@ std::int64_t cam_discrepancy_scratch_bytes(const CamDiscrepancy& p) {
 }
 void cam_discrepancy_forward(const CamDiscrepancy& p) { FI_CALL(cam_discrepancy_forward(p)) }
 void cam_discrepancy_backward(const CamDiscrepancy& p) { FI_CALL(cam_discrepancy_backward(p)) }
+void activation(const ActivationPass& p) { FI_CALL(activation(p)) }
+void activation_backward(const ActivationPass& p) { FI_CALL(activation_backward(p)) }
+void activation_backward_backward(const ActivationPass& p) {
+  FI_CALL(activation_backward_backward(p))
+}
 void max_pool2d(const MaxPool2d& p) { FI_CALL(max_pool2d(p)) }
 std::int64_t max_pool2d_scratch_bytes(const MaxPool2d& p) { FI_CALL(max_pool2d_scratch_bytes(p)) }
 void max_pool2d_backward(const MaxPool2d& p) { FI_CALL(max_pool2d_backward(p)) }

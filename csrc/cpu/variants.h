@@ -11,6 +11,9 @@
   std::int64_t cam_discrepancy_scratch_bytes(const CamDiscrepancy& p); \
   void cam_discrepancy_forward(const CamDiscrepancy& p);               \
   void cam_discrepancy_backward(const CamDiscrepancy& p);              \
+  void activation(const ActivationPass& p);                            \
+  void activation_backward(const ActivationPass& p);                   \
+  void activation_backward_backward(const ActivationPass& p);          \
   void max_pool2d(const MaxPool2d& p);                                 \
   std::int64_t max_pool2d_scratch_bytes(const MaxPool2d& p);           \
   void max_pool2d_backward(const MaxPool2d& p);                        \
