@@ -2,7 +2,15 @@
 
 from fastinterp.ops.activation import activation
 from fastinterp.ops.attack_step import attack_step
+from fastinterp.ops.avg_pool2d import adaptive_avg_pool2d, avg_pool2d
 from fastinterp.ops.cam_discrepancy import cam_discrepancy
 from fastinterp.ops.max_pool2d import max_pool2d
 
-__all__ = ["activation", "attack_step", "cam_discrepancy", "max_pool2d"]
+__all__ = [
+    "activation",
+    "adaptive_avg_pool2d",
+    "attack_step",
+    "avg_pool2d",
+    "cam_discrepancy",
+    "max_pool2d",
+]
