@@ -93,6 +93,34 @@ struct ActivationPass {
   int threads;
 };
 
+enum class Reduction : int { none = 0, sum = 1, mean = 2 };
+
+// With p = softmax(z), t the target distribution (one-hot, mixed with 1/K by `smoothing`) and
+// c[n] = grad[n] * scale, zero for an example whose target is ignore_index:
+//     forward             losses[n] = -sum_k t log p;  total = scale * sum of them
+//     backward            grad_logits = c (p - t)
+//     backward_backward   grad_grad[n] = scale sum_k v (p - t),  grad_logits = c p (v - sum_k p v)
+struct CrossEntropy {
+  DType dtype;
+  Reduction reduction;
+  std::int64_t examples, classes;  // N, K
+  double smoothing;
+  std::int64_t ignore_index;
+  const void* logits;          // (N, K) dtype
+  const std::int64_t* target;  // (N,)
+  // Accumulation type from here on, but for grad_logits and v.
+  void* shift;  // (N, 2): the largest logit, and log sum exp(z - largest); p = exp(z - both)
+  void* scale;  // (), 1 or, for mean, 1 / number of examples that count
+  void* losses;        // (N,)
+  void* total;         // (), or null without a reduction
+  const void* grad;    // (N,) when grad_stride == 1, () when it is 0
+  std::int64_t grad_stride;
+  const void* v;      // (N, K) dtype, cotangent of the backward's grad_logits
+  void* grad_grad;    // (N,), or null
+  void* grad_logits;  // (N, K) dtype, or null in backward_backward
+  int threads;
+};
+
 // An offset numbers the elements of a window, row by row, padding included; kNoOffset marks a
 // window that lies in the padding altogether.
 constexpr std::uint8_t kNoOffset = 255;
@@ -125,6 +153,10 @@ void cam_discrepancy_backward(const CamDiscrepancy& p);
 void activation(const ActivationPass& p);
 void activation_backward(const ActivationPass& p);
 void activation_backward_backward(const ActivationPass& p);
+// The first example whose target is neither a class nor ignore_index, or -1.
+std::int64_t cross_entropy(const CrossEntropy& p);
+void cross_entropy_backward(const CrossEntropy& p);
+void cross_entropy_backward_backward(const CrossEntropy& p);
 void max_pool2d(const MaxPool2d& p);
 std::int64_t max_pool2d_scratch_bytes(const MaxPool2d& p);
 void max_pool2d_backward(const MaxPool2d& p);

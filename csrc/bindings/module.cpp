@@ -13,5 +13,6 @@ PYBIND11_MODULE(_core, m) {
   bind_activation(m);
   bind_attack_step(m);
   bind_cam_discrepancy(m);
+  bind_cross_entropy(m);
   bind_max_pool2d(m);
 }

@@ -4,6 +4,7 @@ from fastinterp.ops.activation import activation
 from fastinterp.ops.attack_step import attack_step
 from fastinterp.ops.avg_pool2d import adaptive_avg_pool2d, avg_pool2d
 from fastinterp.ops.cam_discrepancy import cam_discrepancy
+from fastinterp.ops.cross_entropy import cross_entropy
 from fastinterp.ops.max_pool2d import max_pool2d
 
 __all__ = [
@@ -12,5 +13,6 @@ __all__ = [
     "attack_step",
     "avg_pool2d",
     "cam_discrepancy",
+    "cross_entropy",
     "max_pool2d",
 ]
