@@ -10,8 +10,6 @@ enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
 
 // "Accumulation type" below: double for f64 tensors, float for every other dtype.
 
-enum class Activation : int { identity = 0, relu = 1, leaky_relu = 2, softplus = 3, silu = 4, gelu = 5 };
-
 enum class StepNorm : int { linf = 0, l2 = 1 };
 
 // out = clip(project(x + step_size * direction(grad), origin, eps), clip_min, clip_max)
@@ -31,6 +29,15 @@ struct AttackStep {
   double clip_min;  // -inf and +inf when there is no clip
   double clip_max;
   int threads;
+};
+
+enum class Activation : int {
+  identity = 0,
+  relu = 1,
+  leaky_relu = 2,
+  softplus = 3,
+  silu = 4,
+  gelu = 5
 };
 
 enum class MapNorm : int { l1 = 0, l2 = 1 };
@@ -117,6 +124,76 @@ struct BatchNormAct {
   void* scratch;  // batch_norm_act_scratch_bytes(p) bytes, 64-byte aligned
 };
 
+// Elementwise, with phi and its derivatives of activations.h:
+//     forward             y = phi(z)
+//     backward            gz = phi'(z) gy
+//     backward_backward   ggy = phi'(z) v,  gz2 = phi''(z) gy v
+struct ActivationPass {
+  DType dtype;
+  Activation kind;     // not identity, relu or leaky_relu
+  double alpha;
+  std::int64_t count;  // all tensors (count,) dtype, dense, in one order
+  const void* z;
+  const void* gy;
+  const void* v;
+  void* y;
+  void* gz;
+  void* ggy;  // or null
+  void* gz2;  // or null
+  int threads;
+};
+
+enum class Reduction : int { none = 0, sum = 1, mean = 2 };
+
+// With p = softmax(z), t the target distribution (one-hot, mixed with 1/K by `smoothing`) and
+// c[n] = grad[n] * scale, zero for an example whose target is ignore_index:
+//     forward             losses[n] = -sum_k t log p;  total = scale * sum of them
+//     backward            grad_logits = c (p - t)
+//     backward_backward   grad_grad[n] = scale sum_k v (p - t),  grad_logits = c p (v - sum_k p v)
+struct CrossEntropy {
+  DType dtype;
+  Reduction reduction;
+  std::int64_t examples, classes;  // N, K
+  double smoothing;
+  std::int64_t ignore_index;
+  const void* logits;          // (N, K) dtype
+  const std::int64_t* target;  // (N,)
+  // Accumulation type from here on, but for grad_logits and v.
+  void* shift;  // (N, 2): the largest logit, and log sum exp(z - largest); p = exp(z - both)
+  void* scale;  // (), 1 or, for mean, 1 / number of examples that count
+  void* losses;        // (N,)
+  void* total;         // (), or null without a reduction
+  const void* grad;    // (N,) when grad_stride == 1, () when it is 0
+  std::int64_t grad_stride;
+  const void* v;      // (N, K) dtype, cotangent of the backward's grad_logits
+  void* grad_grad;    // (N,), or null
+  void* grad_logits;  // (N, K) dtype, or null in backward_backward
+  int threads;
+};
+
+// An offset numbers the elements of a window, row by row, padding included; kNoOffset marks a
+// window that lies in the padding altogether.
+constexpr std::uint8_t kNoOffset = 255;
+
+// Three passes over one geometry, each element (n, c, i, j) of `pooled` standing for a window of
+// `map` that starts at row i * stride[0] - padding[0], column j * stride[1] - padding[1]:
+//     forward            map -> pooled, offsets      the largest of the window and where it is
+//     backward           pooled, offsets -> map      sums into where the largest was, zero elsewhere
+//     backward_backward  map, offsets -> pooled      reads there; zero for kNoOffset
+struct MaxPool2d {
+  DType dtype;
+  bool channels_last;                         // all three tensors NHWC, else NCHW; dense
+  std::int64_t examples, channels;            // N, C
+  std::int64_t height, width;                 // H, W
+  std::int64_t pooled_height, pooled_width;   // h, w
+  std::int64_t kernel[2], stride[2], padding[2], dilation[2];  // kernel[0] * kernel[1] <= 255
+  void* map;              // (N, C, H, W) dtype
+  void* pooled;           // (N, C, h, w) dtype
+  std::uint8_t* offsets;  // (N, C, h, w)
+  int threads;
+  void* scratch;  // max_pool2d_scratch_bytes(p) bytes, which may be none, 64-byte aligned
+};
+
 namespace cpu {
 const char* instruction_set();  // the variant chosen at run time: "baseline", "avx2" or "avx512"
 void attack_step(const AttackStep& p);
@@ -127,6 +204,17 @@ std::int64_t batch_norm_act_scratch_bytes(const BatchNormAct& p);
 void batch_norm_act_forward(const BatchNormAct& p);
 void batch_norm_act_backward(const BatchNormAct& p);
 void batch_norm_act_backward_backward(const BatchNormAct& p);
+void activation(const ActivationPass& p);
+void activation_backward(const ActivationPass& p);
+void activation_backward_backward(const ActivationPass& p);
+// The first example whose target is neither a class nor ignore_index, or -1.
+std::int64_t cross_entropy(const CrossEntropy& p);
+void cross_entropy_backward(const CrossEntropy& p);
+void cross_entropy_backward_backward(const CrossEntropy& p);
+void max_pool2d(const MaxPool2d& p);
+std::int64_t max_pool2d_scratch_bytes(const MaxPool2d& p);
+void max_pool2d_backward(const MaxPool2d& p);
+void max_pool2d_backward_backward(const MaxPool2d& p);
 }  // namespace cpu
 
 #ifdef FASTINTERP_WITH_CUDA

@@ -10,7 +10,10 @@ PYBIND11_MODULE(_core, m) {
 #else
   m.attr("cuda_architectures") = py::none();
 #endif
+  bind_activation(m);
   bind_attack_step(m);
   bind_batch_norm_act(m);
   bind_cam_discrepancy(m);
+  bind_cross_entropy(m);
+  bind_max_pool2d(m);
 }

@@ -65,6 +65,20 @@ void batch_norm_act_backward(const BatchNormAct& p) { FI_CALL(batch_norm_act_bac
 void batch_norm_act_backward_backward(const BatchNormAct& p) {
   FI_CALL(batch_norm_act_backward_backward(p))
 }
+void activation(const ActivationPass& p) { FI_CALL(activation(p)) }
+void activation_backward(const ActivationPass& p) { FI_CALL(activation_backward(p)) }
+void activation_backward_backward(const ActivationPass& p) {
+  FI_CALL(activation_backward_backward(p))
+}
+std::int64_t cross_entropy(const CrossEntropy& p) { FI_CALL(cross_entropy(p)) }
+void cross_entropy_backward(const CrossEntropy& p) { FI_CALL(cross_entropy_backward(p)) }
+void cross_entropy_backward_backward(const CrossEntropy& p) {
+  FI_CALL(cross_entropy_backward_backward(p))
+}
+void max_pool2d(const MaxPool2d& p) { FI_CALL(max_pool2d(p)) }
+std::int64_t max_pool2d_scratch_bytes(const MaxPool2d& p) { FI_CALL(max_pool2d_scratch_bytes(p)) }
+void max_pool2d_backward(const MaxPool2d& p) { FI_CALL(max_pool2d_backward(p)) }
+void max_pool2d_backward_backward(const MaxPool2d& p) { FI_CALL(max_pool2d_backward_backward(p)) }
 
 }  // namespace cpu
 }  // namespace fastinterp

@@ -7,7 +7,11 @@ namespace fastinterp {
 namespace cpu {
 namespace {
 
-constexpr int kTileVectors = kVectorBytes == 64 ? 4 : 2;
+#if defined(__AVX512F__)
+constexpr int kTileVectors = 4;
+#else
+constexpr int kTileVectors = 2;
+#endif
 constexpr int kTileRows = 4;
 
 // A matrix read at a[i * row + l * column].

@@ -15,6 +15,16 @@
   void batch_norm_act_forward(const BatchNormAct& p);                  \
   void batch_norm_act_backward(const BatchNormAct& p);                 \
   void batch_norm_act_backward_backward(const BatchNormAct& p);        \
+  void activation(const ActivationPass& p);                            \
+  void activation_backward(const ActivationPass& p);                   \
+  void activation_backward_backward(const ActivationPass& p);          \
+  std::int64_t cross_entropy(const CrossEntropy& p);                   \
+  void cross_entropy_backward(const CrossEntropy& p);                  \
+  void cross_entropy_backward_backward(const CrossEntropy& p);         \
+  void max_pool2d(const MaxPool2d& p);                                 \
+  std::int64_t max_pool2d_scratch_bytes(const MaxPool2d& p);           \
+  void max_pool2d_backward(const MaxPool2d& p);                        \
+  void max_pool2d_backward_backward(const MaxPool2d& p);               \
   }                                                                    \
   }                                                                    \
   }

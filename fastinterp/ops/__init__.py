@@ -1,8 +1,22 @@
 """Dispatcher ops: one file per op with its schema, checks, reference and derivatives."""
 
+from fastinterp.ops.activation import activation
 from fastinterp.ops.attack_step import attack_step
+from fastinterp.ops.avg_pool2d import adaptive_avg_pool2d, avg_pool2d
 from fastinterp.ops.batch_norm_act import batch_norm_act
 from fastinterp.ops.cam_discrepancy import cam_discrepancy
 from fastinterp.ops.conv2d import conv2d
+from fastinterp.ops.cross_entropy import cross_entropy
+from fastinterp.ops.max_pool2d import max_pool2d
 
-__all__ = ["attack_step", "batch_norm_act", "cam_discrepancy", "conv2d"]
+__all__ = [
+    "activation",
+    "adaptive_avg_pool2d",
+    "attack_step",
+    "avg_pool2d",
+    "batch_norm_act",
+    "cam_discrepancy",
+    "conv2d",
+    "cross_entropy",
+    "max_pool2d",
+]

@@ -13,8 +13,8 @@ vendor kernels:
     W         F(x, cotangent)               D(gy, cotangent)
 
 torch's own second derivative instead makes the weight gradient a convolution with a kernel as
-large as the feature map, and computes weight gradients that nobody asked for. The arithmetic is left
-to torch's convolution and convolution_backward.
+large as the feature map, and computes weight gradients that nobody asked for. The arithmetic is
+left to the convolution and convolution_backward of torch.
 """
 
 from __future__ import annotations

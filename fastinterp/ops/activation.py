@@ -1,0 +1,266 @@
+"""fastinterp::activation, an elementwise nonlinearity phi whose second order is one pass.
+
+    y = phi(x)      gx = phi'(x) gy      ggy = phi'(x) v      gx2 = phi''(x) gy v
+
+v is the cotangent of gx. relu and leaky_relu have phi'' = 0, so their gx2 is None and any order of
+derivative exists; they keep y instead of x, which the layer after them keeps anyway. The others end
+at the second order.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+
+import torch
+
+from fastinterp import _native
+from fastinterp.ops import _backend
+from fastinterp.ops._autograd import no_third_order, remember_edges, wanted
+
+# codes of csrc/kernels.h, and the default of alpha where there is one
+KINDS = {"relu": 1, "leaky_relu": 2, "softplus": 3, "silu": 4, "gelu": 5}
+_ALPHA = {"leaky_relu": 0.01, "softplus": 1.0}
+_PIECEWISE_LINEAR = ("relu", "leaky_relu")
+
+torch.library.define(
+    "fastinterp::activation",
+    "(Tensor x, str kind, float alpha) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.define(
+    "fastinterp::activation_backward",
+    "(Tensor grad, Tensor saved, str kind, float alpha) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.define(
+    "fastinterp::activation_backward_backward",
+    "(Tensor v, Tensor grad, Tensor x, str kind, float alpha, bool need_ggy, bool need_gx2)"
+    " -> (Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_backend.KERNELS["activation"] = ("cpu",)
+
+
+def activation(x: torch.Tensor, kind: str, alpha: float | None = None) -> torch.Tensor:
+    """An activation function, element by element.
+
+    Args:
+        x: any shape, float32, float64, bfloat16 or float16; computed in float32 at least.
+        kind: "relu", "leaky_relu", "softplus", "silu" or "gelu" (the exact form, with erf).
+        alpha: slope of leaky_relu below zero (0.01 when None) or beta > 0 of softplus
+            (1 when None); other kinds have none.
+
+    Returns:
+        Like x, in its dtype and memory format. Differentiable twice; relu and leaky_relu any number
+        of times. The derivative at a kink is the one below it.
+
+    Raises:
+        ValueError: kind is not one of those, or alpha is out of range or given where there is none.
+        TypeError: x is not floating point.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    if x.dtype not in _backend.DTYPE_CODES:
+        raise TypeError(f"x must be a floating point tensor, got {x.dtype}")
+    if alpha is not None and kind not in _ALPHA:
+        raise ValueError(f"{kind} has no alpha, got {alpha}")
+    alpha = float(_ALPHA.get(kind, 0.0) if alpha is None else alpha)
+    if not math.isfinite(alpha) or (kind == "softplus" and alpha <= 0):
+        wanted_range = "> 0" if kind == "softplus" else "finite"
+        raise ValueError(f"alpha of {kind} must be {wanted_range}, got {alpha}")
+    if _plain_is_faster(x, kind):
+        return _value(x, kind, alpha)
+    return torch.ops.fastinterp.activation(x, kind, alpha)
+
+
+def _plain_is_faster(x: torch.Tensor, kind: str) -> bool:
+    """Whether dispatching the op costs more than it saves: a small tensor on a CPU.
+
+    Measured on 2 cores with AVX-512, three orders together: plain torch takes 0.45 of the op's time
+    at 4,096 elements, 1.0 at 65,536 and 2 at 524,288. Not so for relu and leaky_relu, where plain
+    torch sends zeros of second order down the whole network.
+    """
+    return (
+        kind not in _PIECEWISE_LINEAR
+        and x.device.type == "cpu"
+        and x.numel() < 1 << 15
+        and os.environ.get("FASTINTERP_BACKEND", "auto") == "auto"
+    )
+
+
+def _value(x, kind, alpha):
+    if kind == "relu":
+        return x.relu()
+    if kind == "leaky_relu":
+        return torch.nn.functional.leaky_relu(x, alpha)
+    if kind == "softplus":
+        return torch.nn.functional.softplus(x, alpha)
+    return torch.nn.functional.silu(x) if kind == "silu" else torch.nn.functional.gelu(x)
+
+
+def _slope(x, kind, alpha):
+    if kind == "softplus":
+        return torch.sigmoid(alpha * x)
+    if kind == "silu":
+        s = torch.sigmoid(x)
+        return s * (1 + x * (1 - s))
+    return torch.special.ndtr(x) + x * _density(x)
+
+
+def _curvature(x, kind, alpha):
+    s = torch.sigmoid(alpha * x if kind == "softplus" else x)
+    if kind == "softplus":
+        return alpha * s * (1 - s)
+    if kind == "silu":
+        return s * (1 - s) * (2 + x * (1 - 2 * s))
+    return _density(x) * (2 - x * x)
+
+
+def _density(x):
+    return torch.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
+
+
+def reference(x, kind, alpha):
+    return _value(x.to(_backend.accumulation_dtype(x.dtype)), kind, alpha).to(x.dtype)
+
+
+def reference_backward(grad, x, kind, alpha):
+    acc = _backend.accumulation_dtype(x.dtype)
+    return (_slope(x.to(acc), kind, alpha) * grad).to(x.dtype)
+
+
+def reference_backward_backward(v, grad, x, kind, alpha, need_ggy, need_gx2):
+    acc = _backend.accumulation_dtype(x.dtype)
+    z, none = x.to(acc), x.new_empty(0)
+    return (
+        (_slope(z, kind, alpha) * v).to(x.dtype) if need_ggy else none,
+        (_curvature(z, kind, alpha) * grad.to(acc) * v).to(x.dtype) if need_gx2 else none,
+    )
+
+
+def _dense(x: torch.Tensor) -> torch.Tensor:
+    """``x``, or a copy if it is a view with gaps or repeats."""
+    out = torch.empty_like(x)
+    return x if out.stride() == x.stride() else out.copy_(x)
+
+
+def _like(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """``other`` in the memory order of x, which is dense."""
+    return other if other.stride() == x.stride() else torch.empty_like(x).copy_(other)
+
+
+def _launch(name, x, kind, alpha, grad, v, out, second=None):
+    if x.numel():
+        getattr(_native.core, f"cpu_{name}")(
+            _backend.DTYPE_CODES[x.dtype],
+            KINDS[kind],
+            alpha,
+            x.numel(),
+            x.data_ptr(),
+            *(0 if t is None or not t.numel() else t.data_ptr() for t in (grad, v, out, second)),
+            torch.get_num_threads(),
+        )
+
+
+@torch.library.impl("fastinterp::activation", "CompositeExplicitAutograd")
+def _forward(x, kind, alpha):
+    # ATen's own relu and leaky_relu are as fast as memory allows.
+    if kind in _PIECEWISE_LINEAR:
+        return _value(x, kind, alpha)
+    if _backend.choose("activation", x) == "reference":
+        return reference(x, kind, alpha)
+    x = _dense(x)
+    y = torch.empty_like(x)
+    _launch("activation", x, kind, alpha, None, None, y)
+    return y
+
+
+@torch.library.impl("fastinterp::activation_backward", "CompositeExplicitAutograd")
+def _backward_impl(grad, saved, kind, alpha):
+    if kind == "relu":
+        return torch.ops.aten.threshold_backward(grad, saved, 0)
+    if kind == "leaky_relu":
+        return torch.ops.aten.leaky_relu_backward(grad, saved, alpha, alpha >= 0)
+    if _backend.choose("activation", saved) == "reference":
+        return reference_backward(grad, saved, kind, alpha)
+    x = _dense(saved)
+    gx = torch.empty_like(x)
+    _launch("activation_backward", x, kind, alpha, _like(x, grad), None, gx)
+    return gx
+
+
+@torch.library.impl("fastinterp::activation_backward_backward", "CompositeExplicitAutograd")
+def _backward_backward_impl(v, grad, x, kind, alpha, need_ggy, need_gx2):
+    if _backend.choose("activation", x) == "reference":
+        return reference_backward_backward(v, grad, x, kind, alpha, need_ggy, need_gx2)
+    x = _dense(x)
+    outputs = _fake_backward_backward(v, grad, x, kind, alpha, need_ggy, need_gx2)
+    _launch("activation_backward_backward", x, kind, alpha, _like(x, grad), _like(x, v), *outputs)
+    return outputs
+
+
+@torch.library.register_fake("fastinterp::activation")
+def _fake(x, kind, alpha):
+    return torch.empty_like(x)
+
+
+@torch.library.register_fake("fastinterp::activation_backward")
+def _fake_backward(grad, saved, kind, alpha):
+    return torch.empty_like(saved)
+
+
+@torch.library.register_fake("fastinterp::activation_backward_backward")
+def _fake_backward_backward(v, grad, x, kind, alpha, need_ggy, need_gx2):
+    return (
+        torch.empty_like(x) if need_ggy else x.new_empty(0),
+        torch.empty_like(x) if need_gx2 else x.new_empty(0),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    remember_edges(ctx, inputs)
+    x, ctx.kind, ctx.alpha = inputs
+    keep_output = ctx.kind in _PIECEWISE_LINEAR and ctx.alpha >= 0
+    ctx.save_for_backward(output if keep_output else x)
+
+
+def _backward(ctx, grad):
+    if grad is None:
+        return None, None, None
+    (saved,) = ctx.saved_tensors
+    return torch.ops.fastinterp.activation_backward(grad, saved, ctx.kind, ctx.alpha), None, None
+
+
+def _setup_backward(ctx, inputs, output):
+    remember_edges(ctx, inputs)
+    grad, saved, ctx.kind, ctx.alpha = inputs
+    if ctx.kind in _PIECEWISE_LINEAR:
+        ctx.save_for_backward(saved)
+    else:
+        ctx.save_for_backward(grad, saved)
+
+
+def _second_order(ctx, v):
+    if v is None:
+        return (None,) * 4
+    if ctx.kind in _PIECEWISE_LINEAR:
+        (saved,) = ctx.saved_tensors
+        ggy = torch.ops.fastinterp.activation_backward(v, saved, ctx.kind, ctx.alpha)
+        return ggy, None, None, None
+    need = wanted(ctx, 0), wanted(ctx, 1)
+    if not any(need):
+        return (None,) * 4
+    ggy, gx2 = torch.ops.fastinterp.activation_backward_backward(
+        v, *ctx.saved_tensors, ctx.kind, ctx.alpha, *need
+    )
+    return ggy if need[0] else None, gx2 if need[1] else None, None, None
+
+
+torch.library.register_autograd("fastinterp::activation", _backward, setup_context=_setup_context)
+torch.library.register_autograd(
+    "fastinterp::activation_backward", _second_order, setup_context=_setup_backward
+)
+torch.library.register_autograd(
+    "fastinterp::activation_backward_backward", no_third_order("a smooth activation")
+)
