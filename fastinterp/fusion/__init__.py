@@ -106,7 +106,8 @@ def _fused_everywhere(model: nn.Module) -> list[Entry]:
                 entries.append(entry)
         elif kind.__module__ in _WITHOUT_OP:
             entries.append(Entry(name, kind.__name__, reason="there is no fused op for it"))
-    order = {name: i for i, (name, _) in enumerate(modules)}
+    every = model.named_modules(remove_duplicate=False)
+    order = {name: i for i, (name, _) in enumerate(every)}
     return sorted(entries, key=lambda e: order[e.name])
 
 

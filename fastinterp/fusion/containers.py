@@ -142,8 +142,9 @@ class _Source:
     def add(self, argument_type: type) -> None:
         """The functions for arguments of a type, in training and in evaluation."""
         traced = [
-            (*trace(self.module, argument_type, own, children), own and children)
-            for own, children in ((True, True), (True, False), (False, False))
+            (*trace(self.module, argument_type, training, usual), training)
+            for training in (True, False)
+            for usual in (True, False)
         ]
         calls = []
         for graph, asked, training in traced:
@@ -155,9 +156,12 @@ class _Source:
             calls.append(self.functions.setdefault(source, f"_forward_{len(self.functions)}"))
             if training and not self.entries:
                 self.entries, self.merged = entries, merged
-        training, other, evaluation = calls
-        if training != other:
-            raise NotTraceable("its forward reads the training flag of a child")
+        training, training_else, evaluation, evaluation_else = calls
+        if training != training_else or evaluation != evaluation_else:
+            raise NotTraceable(
+                "its forward depends on the training flag of a child, on autocast or on whether "
+                "gradients are recorded"
+            )
         if training != evaluation:
             training = f"({training} if self.training else {evaluation})"
         check = " and ".join(f"isinstance({n}, {argument_type.__name__})" for n in self.names)

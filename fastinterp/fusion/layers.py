@@ -6,6 +6,8 @@ these classes names in ``_stock_type`` the class it stands in for.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -15,6 +17,7 @@ from fastinterp import ops
 from fastinterp.models._layers import SameConv2d
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_MAX_TAPS = 255  # of a max-pooling window; more have no op
 _SOFTPLUS_THRESHOLD = 20  # torch's default, which the ops share
 
 
@@ -67,7 +70,8 @@ def max_pool2d(
     ceil_mode=False,
     return_indices=False,
 ):
-    if return_indices or not _image_batch(input):
+    taps = kernel_size**2 if isinstance(kernel_size, int) else math.prod(kernel_size)
+    if return_indices or taps > _MAX_TAPS or not _image_batch(input):
         return F.max_pool2d(
             input, kernel_size, stride, padding, dilation, ceil_mode, return_indices
         )

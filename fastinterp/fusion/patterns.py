@@ -155,7 +155,7 @@ class _Rewriter:
                 and isinstance(residual, fx.Node)
                 and residual is not node.args[i]
                 and (i == 0 or not in_place or self.is_fresh(residual))
-                and self.may_wait(norm, activation.node)
+                and self.may_wait(norm, node, activation.node)
             ):
                 sign = "+=" if in_place else "+"
                 words = ("norm", "residual") if i == 0 else ("residual", "norm")
@@ -164,11 +164,12 @@ class _Rewriter:
         order = {n: i for i, n in enumerate(self.graph.nodes)}
         return max(found, key=lambda pair: order[pair[0]])[1] if found else None
 
-    def may_wait(self, norm: fx.Node, until: fx.Node) -> bool:
+    def may_wait(self, norm: fx.Node, addition: fx.Node, until: fx.Node) -> bool:
         """Whether a batch norm may run later: its input and its statistics are left alone."""
         node = norm.next
         while node is not until:
-            if norm.args[0] in node.all_input_nodes or self.child(node) is self.child(norm):
+            used = node is not addition and norm.args[0] in node.all_input_nodes
+            if used or self.child(node) is self.child(norm):
                 return False
             node = node.next
         return True

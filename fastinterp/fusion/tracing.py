@@ -21,7 +21,8 @@ from torch import fx, nn
 
 from fastinterp.fusion import sites
 
-_FX = ("torch.fx", "torch.utils._pytree", "torch.nn.parameter", __name__)
+# Who may ask for a placeholder's type without the forward depending on the answer.
+_FX = ("torch.fx", "torch.utils._pytree", "torch.nn.parameter", "torch.nn.modules.module", __name__)
 
 
 class NotTraceable(Exception):
@@ -195,6 +196,21 @@ def _without_side_effects(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def _ambient(gradients: bool) -> Iterator[None]:
+    """Gradients without autocast, or the reverse; a forward that switches either will show."""
+    devices = ("cpu", "cuda")
+    before = [torch.is_autocast_enabled(device) for device in devices]
+    for device in devices:
+        torch.set_autocast_enabled(device, not gradients)
+    try:
+        with torch.set_grad_enabled(gradients):
+            yield
+    finally:
+        for device, enabled in zip(devices, before, strict=True):
+            torch.set_autocast_enabled(device, enabled)
+
+
+@contextmanager
 def _training_flags(module: nn.Module, own: bool, children: bool) -> Iterator[None]:
     flags = [(m, m.training) for m in module.modules()]
     for m, _ in flags:
@@ -223,9 +239,12 @@ def argument_names(module: nn.Module) -> list[str]:
 
 
 def trace(
-    module: nn.Module, argument_type: type, training: bool, children_training: bool
+    module: nn.Module, argument_type: type, training: bool, usual: bool
 ) -> tuple[fx.Graph, bool]:
     """The graph of a forward for arguments of a type, and whether it asked for that type.
+
+    ``usual``: the children's training flags are the module's own, and gradients are recorded
+    without autocast; else the reverse of each. A forward may be rewritten when both agree.
 
     Nothing of the module or of the random states is changed afterwards.
 
@@ -235,8 +254,8 @@ def trace(
     tracer = None
     try:
         with (
-            torch.enable_grad(),
-            _training_flags(module, training, children_training),
+            _ambient(gradients=usual),
+            _training_flags(module, training, training is usual),
             _without_side_effects(module),
             _no_autograd_functions(),
         ):
