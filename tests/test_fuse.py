@@ -96,13 +96,19 @@ def double_backprop(model, x):
     return logits, of_input, *grads, *model.buffers()
 
 
-def assert_same(actual, expected, **tolerance):
+def assert_same(actual, expected, also=None):
+    """Equal up to rounding; or up to what ``also``, a rounding of the input, makes of ``expected``.
+
+    Second derivatives through batch statistics of a few values can magnify roundings a lot.
+    """
     assert len(actual) == len(expected)
-    for a, b in zip(actual, expected, strict=True):
+    for a, b, c in zip(actual, expected, also or expected, strict=True):
         assert (a is None) == (b is None) or not (a if b is None else b).any()
         if a is not None and b is not None:
             scale = b.abs().max().item() if b.numel() and b.is_floating_point() else 1.0
-            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9 * max(scale, 1.0), **tolerance)
+            rounding = (b - c).abs().max().item() if b.numel() else 0.0
+            atol = 1e-9 * max(scale, 1.0) + 30 * rounding
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=atol)
 
 
 def assert_fusing_changes_nothing(model, x):
@@ -114,9 +120,11 @@ def assert_fusing_changes_nothing(model, x):
     assert list(fused.state_dict()) == keys
     for mode in (True, False):
         torch.manual_seed(0)
+        rounded = double_backprop(copy.deepcopy(stock).train(mode), x * (1 + 1e-15))
+        torch.manual_seed(0)
         expected = double_backprop(stock.train(mode), x)
         torch.manual_seed(0)
-        assert_same(double_backprop(fused.train(mode), x), expected)
+        assert_same(double_backprop(fused.train(mode), x), expected, rounded)
     types = [type(m) for m in stock.modules()]
     assert [stock_type(m) for m in fused.modules()] == types
     assert fi.unfuse(fused) is fused
@@ -167,10 +175,12 @@ def test_torchvision(name):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         net = getattr(torchvision.models, name)(num_classes=5, **options)
-    size = {"vgg11_bn": 32, "inception_v3": 80}.get(name, 64 if name == "googlenet" else 32)
+    if name == "vgg11_bn":
+        net.classifier = nn.Linear(512 * 7 * 7, 5)
+    size = {"googlenet": 64, "inception_v3": 80}.get(name, 32)
     if name in ("googlenet", "inception_v3"):  # the second head needs large images
         net.aux_logits, net.aux1, net.aux2, net.AuxLogits = False, None, None, None
-    report = assert_fusing_changes_nothing(net, images(2, size))
+    report = assert_fusing_changes_nothing(net, images(4, size))
     assert {e.what for e in report.left} <= {"ReLU6", "Sigmoid", "AdaptiveAvgPool2d"}
     merged = [e for e in report.fused if "BatchNorm2d +" in e.what]
     assert merged or name == "mobilenet_v2"
@@ -186,7 +196,7 @@ def test_torchvision(name):
 @pytest.mark.parametrize("name", ["resnet18", "resnet26d", "resnetv2_50", "efficientnet_b0"])
 def test_timm(name):
     timm = pytest.importorskip("timm", reason="timm is not installed")
-    report = assert_fusing_changes_nothing(timm.create_model(name, num_classes=5), images(2, 32))
+    report = assert_fusing_changes_nothing(timm.create_model(name, num_classes=5), images(4, 32))
     assert {"resnetv2_50": "batch_norm + ReLU", "efficientnet_b0": "batch_norm + SiLU"}.get(
         name, "BatchNorm2d + add + ReLU"
     ) in {e.what for e in report.fused}
