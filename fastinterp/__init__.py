@@ -1,6 +1,7 @@
 """Interpretability-aware robust training at the cost of ordinary training."""
 
 from fastinterp import attacks, discrepancy, maps, ops
+from fastinterp.fusion import fuse, unfuse
 from fastinterp.models import create_model, load_weights
 from fastinterp.regularizers import InterpretationRegularizer
 
@@ -11,7 +12,9 @@ __all__ = [
     "attacks",
     "create_model",
     "discrepancy",
+    "fuse",
     "load_weights",
     "maps",
     "ops",
+    "unfuse",
 ]

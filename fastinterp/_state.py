@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from fastinterp.fusion import stock_type
 from fastinterp.models.networks import Pool, SameConv2d, Small, WResnet
 
 # Modules that compute the same in training and in evaluation. Any other may hold a functional
@@ -21,7 +22,7 @@ _MODE_FREE = {
 
 def depends_on_mode(model: nn.Module) -> bool:
     """Whether the model, as its flags are now, may compute something else in evaluation mode."""
-    return any(m.training and type(m) not in _MODE_FREE for m in model.modules())
+    return any(m.training and stock_type(m) not in _MODE_FREE for m in model.modules())
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from torch import nn
 
 from fastinterp._checks import check_images
 from fastinterp._state import attack_parameters, cloned_buffers, eval_mode, substituted
+from fastinterp.fusion import stock_type
 from fastinterp.models._layers import SameConv2d
 
 
@@ -169,7 +170,7 @@ class CamNetwork:
         plain = {
             module: name
             for name, module in self.model.named_modules()
-            if type(module) in (nn.Conv2d, SameConv2d)
+            if stock_type(module) in (nn.Conv2d, SameConv2d)
             and module.groups == 1
             and not module._forward_hooks
             and not module._forward_pre_hooks

@@ -23,5 +23,8 @@ class SameConv2d(nn.Conv2d):
         top, bottom = same_padding(x.shape[2], kernel, stride)
         left, right = same_padding(x.shape[3], kernel, stride)
         if (top, left) == (bottom, right):
-            return F.conv2d(x, self.weight, self.bias, stride, (top, left))
-        return F.conv2d(F.pad(x, (left, right, top, bottom)), self.weight, self.bias, stride)
+            return self._convolution(x, stride, (top, left))
+        return self._convolution(F.pad(x, (left, right, top, bottom)), stride, 0)
+
+    def _convolution(self, x, stride, padding):
+        return F.conv2d(x, self.weight, self.bias, stride, padding)

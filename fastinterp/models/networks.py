@@ -87,11 +87,11 @@ class WResnet(_PaperNetwork):
 
     def features(self, x):
         x = self.conv(0)(x)
+        previous = self.WIDTHS[0]
         for block, width in enumerate(self.WIDTHS):
             first, second = self.conv(2 * block + 1), self.conv(2 * block + 2)
             branch = second(F.relu(first(F.relu(x))))
-            missing = width - x.shape[1]
-            if missing:
+            if missing := width - previous:
                 x = F.pad(F.avg_pool2d(x, 2), (0, 0, 0, 0, missing // 2, missing // 2))
-            x = x + branch
+            x, previous = x + branch, width
         return x
