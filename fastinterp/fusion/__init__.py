@@ -37,6 +37,10 @@ def fuse(model: nn.Module) -> nn.Module:
     Every module keeps its identity, parameters, buffers, hooks, names and attributes; its class
     becomes a subclass of what it was. Results are those of before up to rounding.
 
+    What a rewritten forward cannot see: changes, after fusing, of global variables or inside plain
+    objects that the original read, and its prints. After a change of an attribute or of the list of
+    children the original forward runs again, unfused; fuse once more to have it faster.
+
     Args:
         model: any nn.Module; not yet scripted, compiled or wrapped for parallel training.
 
