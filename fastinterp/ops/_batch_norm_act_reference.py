@@ -103,7 +103,7 @@ def _normalised(gy, x, residual, mask, weight, bias, mean, rstd, kind):
     return xh, gy.to(acc), slope, curvature, scale
 
 
-def backward(gy, x, residual, mask, weight, bias, mean, rstd, kind):
+def backward(gy, x, residual, mask, weight, bias, mean, rstd, addend, kind):
     xh, gy, slope, _, scale = _normalised(gy, x, residual, mask, weight, bias, mean, rstd, kind)
     g = slope * gy
     sum_g, sum_gx = _sum(g), _sum(g * xh)
@@ -111,7 +111,8 @@ def backward(gy, x, residual, mask, weight, bias, mean, rstd, kind):
     if kind[0]:
         count = x.numel() // x.shape[1]
         gx = g - _columns(sum_g, x) / count - xh * _columns(sum_gx, x) / count
-    return (scale * gx).to(x.dtype), g.to(x.dtype), sum_gx, sum_g
+    gx = scale * gx if addend is None else scale * gx + addend
+    return gx.to(x.dtype), g.to(x.dtype), sum_gx, sum_g
 
 
 def backward_backward(
