@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 
 FACTOR = 4  # times the error of eager in the same dtype
+# One ReLU or one |.| near zero that rounding turns over moves the gradient by some thousandths, and
+# eager may have been spared. The known wrong derivatives of other tools are off by 5 % and more.
+FLOOR = {torch.float64: 1e-7, torch.float32: 1e-2, torch.bfloat16: 2e-2}
+CEILING = 0.5  # never passed, unless eager is as far off itself
 
 
 def relative_error(gradients: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]) -> float:
@@ -25,10 +28,5 @@ def relative_error(gradients: Sequence[torch.Tensor], exact: Sequence[torch.Tens
 
 
 def allowed(eager_error: float, dtype: torch.dtype) -> float:
-    """The largest relative error that passes, given that of eager in the same dtype.
-
-    The floor is for an eager side that is lucky, or in float64 is the exact one itself. Half of
-    the gradient is never passed unless eager is that far off itself.
-    """
-    floor = math.sqrt(torch.finfo(dtype).eps) / 100
-    return max(min(FACTOR * eager_error + floor, 0.5), 1.1 * eager_error)
+    """The largest relative error that passes, given that of eager in the same dtype."""
+    return max(min(FACTOR * eager_error + FLOOR[dtype], CEILING), 1.1 * eager_error)

@@ -124,9 +124,7 @@ def build(problem: Problem):
     if problem.format == "channels_last":
         x, other = x.permute(0, 2, 3, 1), other.permute(0, 2, 3, 1)
     x, other, labels = array(x), array(other), array(y.int())
-    compiled = jax.jit(
-        lambda *inputs: jax.grad(_loss, has_aux=True)(*inputs, problem=problem)
-    )
+    compiled = jax.jit(lambda *inputs: jax.grad(_loss, has_aux=True)(*inputs, problem=problem))
 
     def step():
         nonlocal statistics

@@ -37,7 +37,11 @@ def _eager(net, problem: Problem) -> Side:
         problem.loss(net, x, y, other).backward(inputs=parameters)
         return [parameter.grad for parameter in parameters]
 
-    return Side(step, net=net)
+    def gradients(result):  # None where the loss does not depend on a parameter
+        pairs = zip(result, parameters, strict=True)
+        return [torch.zeros_like(p) if g is None else g for g, p in pairs]
+
+    return Side(step, gradients, net)
 
 
 def ours(problem: Problem) -> Side:
@@ -61,7 +65,9 @@ def _compiled(net, problem: Problem) -> Side:
     parameters = list(net.parameters())
 
     def step(x, y, other):
-        return torch.autograd.grad(problem.loss(net, x, y, other), parameters)
+        return torch.autograd.grad(
+            problem.loss(net, x, y, other), parameters, materialize_grads=True
+        )
 
     step = fastinterp.compile_step(step)
     return Side(lambda: step(x, y, other))
@@ -88,7 +94,9 @@ def make_fx_inductor(problem: Problem) -> Side:
         def forward(images):
             return torch.func.functional_call(net, state, (images,))
 
-        return torch.autograd.grad(problem.loss(forward, x, y, other), leaves)
+        return torch.autograd.grad(
+            problem.loss(forward, x, y, other), leaves, materialize_grads=True
+        )
 
     inputs = parameters, buffers, *problem.tensors()
     # Traced on copies: tracing runs the step, which updates the BN statistics.

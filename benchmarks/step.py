@@ -79,9 +79,11 @@ def candidates(of: problem.Problem, keys: list[str]) -> list[Candidate]:
 
 def exact_gradients(of: problem.Problem) -> tuple[list[torch.Tensor], float]:
     """Gradients of the float64 eager step, and the error of the eager step in the dtype of ``of``."""
-    exact = peers.eager(of.but(dtype="fp64")).step()
-    exact = [g.cpu() for g in exact]
-    return exact, gate.relative_error([g.cpu() for g in peers.eager(of).step()], exact)
+    in_own, exact = (
+        [g.cpu() for g in side.gradients(side.step())]
+        for side in (peers.eager(of), peers.eager(of.but(dtype="fp64")))
+    )
+    return exact, gate.relative_error(in_own, exact)
 
 
 def alternate(runners: list[Candidate], seconds: float) -> None:
