@@ -3,7 +3,7 @@
 On a GPU torch keeps the peak. On a CPU it is the resident set of a process of its own, in which
 malloc gives large blocks back at once (see ENVIRONMENT):
 
-    python -m benchmarks.memory --net wrn16-4 --side ours        # and the options of benchmarks.step
+    python -m benchmarks.memory --net wrn16-4 --side ours    # options of benchmarks.step
 """
 
 from __future__ import annotations

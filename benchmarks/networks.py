@@ -1,4 +1,4 @@
-"""The networks of the whole-step benchmark: plain PyTorch that knows nothing of fastinterp's ops."""
+"""The networks of the whole-step benchmark: plain PyTorch, unaware of fastinterp's ops."""
 
 from __future__ import annotations
 

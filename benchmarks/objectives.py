@@ -1,8 +1,8 @@
 """The losses of the whole-step benchmark, as a careful user writes them in plain PyTorch.
 
-Each is loss(net, x, y, other, weight): ``net`` maps images to logits (N, K), ``x`` and ``other`` are
-images (N, C, H, W), ``y`` labels (N,) and ``weight`` multiplies the penalty. ``x`` itself needs no
-gradient. Networks may normalise by batch, so x and other go through ``net`` one after the other.
+Each is loss(net, x, y, other, weight): ``net`` maps images to logits (N, K), ``x`` and ``other``
+are images (N, C, H, W), ``y`` labels (N,) and ``weight`` multiplies the penalty. ``x`` itself needs
+no gradient. Networks may normalise by batch, so x and other go through ``net`` one by one.
 """
 
 from __future__ import annotations

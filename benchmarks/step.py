@@ -78,7 +78,7 @@ def candidates(of: problem.Problem, keys: list[str]) -> list[Candidate]:
 
 
 def exact_gradients(of: problem.Problem) -> tuple[list[torch.Tensor], float]:
-    """Gradients of the float64 eager step, and the error of the eager step in the dtype of ``of``."""
+    """Gradients of the float64 eager step, and the error of the eager one in the dtype asked."""
     in_own, exact = (
         [g.cpu() for g in side.gradients(side.step())]
         for side in (peers.eager(of), peers.eager(of.but(dtype="fp64")))

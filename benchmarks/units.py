@@ -9,7 +9,7 @@ convolutions and the N images of a batch. For a network whose activations are pi
     CE on x + discrepancy of x and x'       6 for x, 4 for x'                            10 - 1/L
     CE on x + penalty on IG, m points       3 for x, 4 for each point
 
-1/L is the input gradient of the first convolution, which a backward pass to the weights never needs.
+1/L is the input gradient of the first convolution, which a backward pass to weights never needs.
 Batch statistics depend on x, so under train-mode batch norm the penalty alone is also
 back-propagated to the first layer: D, W more (6 - 1/L) for x' and for each point.
 """
@@ -82,7 +82,7 @@ class UnitCounter(TorchDispatchMode):
 
 
 def count(step: Callable, net: nn.Module, batch: int) -> float:
-    """Convolution units of ``step()``: passes over images / (N images x convolutions of ``net``)."""
+    """Units of ``step()``: passes over images / (N images x convolutions of ``net``)."""
     shapes = [module.weight.shape for module in net.modules() if isinstance(module, nn.Conv2d)]
     with UnitCounter(shapes) as counter:
         step()
