@@ -48,13 +48,18 @@ def peak_mb(step, device: str) -> float:
     return _status("VmHWM") - before
 
 
+def available() -> bool:
+    """Whether this system keeps the peak of a process's resident set, and can reset it."""
+    return os.access("/proc/self/clear_refs", os.W_OK)
+
+
 def in_own_process(side: str, of: problem.Problem) -> float | None:
     """``peak_mb`` of a side in a fresh process; None where this system cannot tell.
 
     Raises:
         RuntimeError: the process failed; the message is the last line it wrote.
     """
-    if not Path("/proc/self/clear_refs").exists():
+    if not available():
         return None
     options = [f"--{name}={value}" for name, value in dataclasses.asdict(of).items()]
     done = subprocess.run(

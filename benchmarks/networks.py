@@ -98,6 +98,11 @@ def convolutions(net: nn.Module) -> int:
     return sum(isinstance(module, nn.Conv2d) for module in net.modules())
 
 
+def batch_statistics(net: nn.Module) -> bool:
+    """Whether a step in train mode normalises by the batch."""
+    return any(isinstance(module, nn.BatchNorm2d) for module in net.modules())
+
+
 def build(name: str, seed: int = 0) -> nn.Module:
     """A network of NETWORKS in train mode, the same weights for the same seed."""
     with torch.random.fork_rng():

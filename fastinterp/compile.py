@@ -62,10 +62,16 @@ def compile_step(fn: Callable, **compile_kwargs) -> Callable:
             with config.patch(**{_SWITCH: True}):
                 return compiled(*args, **kwargs)
         except TorchDynamoException as error:
-            reason = str(error).strip().split("\n")[0]
             name = getattr(fn, "__name__", type(fn).__name__)
             raise RuntimeError(
-                f"{name} cannot be compiled in one graph: {reason} {_ALTERNATIVES}."
+                f"{name} cannot be compiled in one graph: {_reason(error)}. {_ALTERNATIVES}."
             ) from error
 
     return step
+
+
+def _reason(error: TorchDynamoException) -> str:
+    """What dynamo could not trace, and the object that it names."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
+    context = [line for line in lines[1:] if line.startswith("Developer debug context:")]
+    return "; ".join([lines[0], *(line.split(":", 1)[1].strip() for line in context)])
