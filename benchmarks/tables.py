@@ -1,4 +1,4 @@
-"""Tables and a plot from a benchmark CSV: python -m benchmarks.tables [--csv FILE] [--plot FILE.png]
+"""Tables and a plot from a CSV: python -m benchmarks.tables [--csv FILE] [--plot FILE.png]
 
 Of several rows for one case and side the newest counts. README.md gets the ops and one line for
 each whole step, benchmarks/README.md every side of the steps beside its floor.

@@ -11,7 +11,8 @@ convolutions and the N images of a batch. For a network whose activations are pi
 
 1/L is the input gradient of the first convolution, which a backward pass to weights never needs.
 Batch statistics depend on x, so under train-mode batch norm the penalty alone is also
-back-propagated to the first layer: D, W more (6 - 1/L) for x' and for each point.
+back-propagated to the first layer: D, W more (6 - 1/L) for x' and for each point. (Where a batch
+norm lies behind every convolution, as in ResNets.)
 """
 
 from __future__ import annotations
