@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+# On a GPU jax would otherwise take most of the memory that the other sides need.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
 import jax
 import jax.numpy as jnp
 import numpy as np
