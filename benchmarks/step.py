@@ -61,8 +61,12 @@ class Candidate:
 
 
 def first_line(error: Exception) -> str:
+    """The first line of an error, or of a compiler's own where it quotes one."""
+    error = error.__cause__ or error  # what compile_step explains
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}"[:200] if lines else type(error).__name__
+    lines = [line for line in lines if " error: " in line] or lines
+    told = lines[0].split(" error: ")[-1] if lines else ""
+    return f"{type(error).__name__}: {told}"[:200].removesuffix(": ")
 
 
 def candidates(of: problem.Problem, keys: list[str]) -> list[Candidate]:

@@ -30,6 +30,8 @@ def read(path: Path) -> Newest:
 
 
 def _render(head: list[str], rows: list[list[str]]) -> str:
+    if not rows:
+        return ""
     return tabulate(rows, head, tablefmt="github", disable_numparse=True) + "\n"
 
 
