@@ -70,8 +70,10 @@ def conv2d(
 
     Source: the adjoint of a convolution; Chellapilla, Puri & Simard (2006) for its three products.
     """
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    device = x.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if autocast and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     stride, dilation = _pair(stride), _pair(dilation)
@@ -117,7 +119,6 @@ def _unfilled(like: torch.Tensor, weight: torch.Tensor | None, size) -> torch.Te
     )
 
 
-@torch.library.impl("fastinterp::conv2d", "CompositeExplicitAutograd")
 def _forward(x, weight, bias, stride, padding, dilation, groups):
     return torch.ops.aten.convolution(
         x, weight, bias, stride, padding, dilation, False, [0, 0], groups
@@ -132,19 +133,22 @@ def _convolution_backward(gy, x, weight, options, output):
     )[output]
 
 
-@torch.library.impl("fastinterp::conv2d_input_grad", "CompositeExplicitAutograd")
 def _input_grad(gy, weight, input_size, *options):
     return _convolution_backward(gy, _unfilled(gy, weight, input_size), weight, options, 0)
 
 
-@torch.library.impl("fastinterp::conv2d_weight_grad", "CompositeExplicitAutograd")
 def _weight_grad(gy, x, weight_size, *options):
     return _convolution_backward(gy, x, _unfilled(x, None, weight_size), options, 1)
 
 
-torch.library.register_fake("fastinterp::conv2d", _forward)
-torch.library.register_fake("fastinterp::conv2d_input_grad", _input_grad)
-torch.library.register_fake("fastinterp::conv2d_weight_grad", _weight_grad)
+for _name, _kernel in (
+    ("conv2d", _forward),
+    ("conv2d_input_grad", _input_grad),
+    ("conv2d_weight_grad", _weight_grad),
+):
+    # Tracers run the same code, so that torch's own convolution tells them the layouts.
+    torch.library.impl(f"fastinterp::{_name}", "CompositeExplicitAutograd", _kernel)
+    torch.library.register_fake(f"fastinterp::{_name}", _kernel)
 
 
 def _setup_context(ctx, inputs, output):
