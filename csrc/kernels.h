@@ -102,11 +102,12 @@ struct BatchNormAct {
   void* unbiased_var;        // (C,) written when training
 
   // backward
-  const void* gy;   // N C P dtype
-  void* gx;         // N C P dtype
-  void* gresidual;  // N C P dtype
-  void* gweight;    // (C,)
-  void* gbias;      // (C,)
+  const void* gy;      // N C P dtype
+  const void* addend;  // N C P dtype, added to gx
+  void* gx;            // N C P dtype
+  void* gresidual;     // N C P dtype
+  void* gweight;       // (C,)
+  void* gbias;         // (C,)
 
   // backward of the backward: cotangents of its results, then gradients of gy, x, residual, weight, bias
   const void* v;         // N C P dtype, of gx

@@ -49,10 +49,11 @@ void forward(const Header& h, Address x, Address residual, Address weight, Addre
 }
 
 void backward(const Header& h, Address x, Address residual, Address weight, Address bias,
-              Address mean, Address rstd, Address mask, Address gy, Address gx, Address gresidual,
-              Address gweight, Address gbias) {
+              Address mean, Address rstd, Address mask, Address gy, Address addend, Address gx,
+              Address gresidual, Address gweight, Address gbias) {
   BatchNormAct p = batch_norm_act_params(h, x, residual, weight, bias, mean, rstd, mask);
   p.gy = pointer(gy);
+  p.addend = pointer(addend);
   p.gx = pointer(gx);
   p.gresidual = pointer(gresidual);
   p.gweight = pointer(gweight);

@@ -287,6 +287,7 @@ struct Kernel {
       const Lanes<A, kBackward> lane(g, values, strips.c);
       strips.each([&](const Strip& strip) {
         const Elements<kBackward> element(*this, lane, strip);
+        const Rows<T> addend = source(p.addend).in(strip);
         for (std::int64_t r = 0; r < strip.rows; ++r) {
           const std::int64_t at = strip.first + r * strip.row;
           each_lane<T>(strip, [&](auto pack, std::int64_t j) {
@@ -295,10 +296,10 @@ struct Kernel {
                                                       P::load(element.gy.at(r, j)));
             if (gresidual != nullptr) P::store(gresidual + at + j, gj);
             if (gx != nullptr) {
-              P::store(gx + at + j, element.template of<P>(kScale, j) * gj +
-                                        element.template of<P>(kConst, j) +
-                                        element.template of<P>(kX, j) *
-                                            element.template centred<P>(r, j));
+              const auto of = [&](int value) { return element.template of<P>(value, j); };
+              P::store(gx + at + j, of(kScale) * gj + of(kConst) +
+                                        of(kX) * element.template centred<P>(r, j) +
+                                        P::load(addend.at(r, j)));
             }
           });
         }

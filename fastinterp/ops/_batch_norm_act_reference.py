@@ -107,7 +107,7 @@ def _normalised(gy, x, residual, mask, weight, bias, mean, rstd, kind):
     return xh, gy.to(acc), slope, curvature, scale
 
 
-def backward(gy, x, residual, mask, weight, bias, mean, rstd, kind):
+def backward(gy, x, residual, mask, weight, bias, mean, rstd, addend, kind):
     xh, gy, slope, _, scale = _normalised(gy, x, residual, mask, weight, bias, mean, rstd, kind)
     g = slope * gy
     sum_g, sum_gx = _sum(g), _sum(g * xh)
@@ -115,7 +115,8 @@ def backward(gy, x, residual, mask, weight, bias, mean, rstd, kind):
     if kind[0]:
         count = _count(x)
         gx = g - _columns(sum_g, x) / count - xh * _columns(sum_gx, x) / count
-    return (scale * gx).to(x.dtype), g.to(x.dtype), sum_gx, sum_g
+    gx = scale * gx if addend is None else scale * gx + addend
+    return gx.to(x.dtype), g.to(x.dtype), sum_gx, sum_g
 
 
 def backward_backward(

@@ -16,7 +16,7 @@ import torch
 
 from fastinterp import _native
 from fastinterp.ops import _backend
-from fastinterp.ops._autograd import no_third_order, remember_edges, wanted
+from fastinterp.ops._autograd import no_third_order, register_autograd, remember_edges, wanted
 
 # codes of csrc/kernels.h, and the default of alpha where there is one
 KINDS = {"relu": 1, "leaky_relu": 2, "softplus": 3, "silu": 4, "gelu": 5}
@@ -257,10 +257,6 @@ def _second_order(ctx, v):
     return ggy if need[0] else None, gx2 if need[1] else None, None, None
 
 
-torch.library.register_autograd("fastinterp::activation", _backward, setup_context=_setup_context)
-torch.library.register_autograd(
-    "fastinterp::activation_backward", _second_order, setup_context=_setup_backward
-)
-torch.library.register_autograd(
-    "fastinterp::activation_backward_backward", no_third_order("a smooth activation")
-)
+register_autograd("activation", _backward, setup_context=_setup_context)
+register_autograd("activation_backward", _second_order, setup_context=_setup_backward)
+register_autograd("activation_backward_backward", no_third_order("a smooth activation"))

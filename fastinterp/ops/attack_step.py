@@ -16,6 +16,7 @@ import torch
 
 from fastinterp import _native
 from fastinterp.ops import _backend
+from fastinterp.ops._autograd import register_autograd
 
 NORMS = {"Linf": 0, "L2": 1}  # codes of csrc/kernels.h
 
@@ -282,4 +283,4 @@ def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return _columns((a * b).flatten(1).sum(1), a)
 
 
-torch.library.register_autograd("fastinterp::attack_step", _backward, setup_context=_setup_context)
+register_autograd("attack_step", _backward, setup_context=_setup_context)

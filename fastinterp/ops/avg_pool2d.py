@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from fastinterp.ops import _backend
-from fastinterp.ops._autograd import remember_edges
+from fastinterp.ops._autograd import register_autograd, remember_edges
 from fastinterp.ops.max_pool2d import (
     check_window,
     is_channels_last,
@@ -187,7 +187,5 @@ def _second_order(ctx, v):
     return ggy, *(None,) * 9
 
 
-torch.library.register_autograd("fastinterp::avg_pool2d", _backward, setup_context=_setup_context)
-torch.library.register_autograd(
-    "fastinterp::avg_pool2d_backward", _second_order, setup_context=_setup_backward
-)
+register_autograd("avg_pool2d", _backward, setup_context=_setup_context)
+register_autograd("avg_pool2d_backward", _second_order, setup_context=_setup_backward)

@@ -10,6 +10,11 @@ formulas, _batch_norm_act_reference.py the same in plain torch. Kept for the bac
     relu, leaky_relu  x (mask recomputed)    x, one bit per element
     the smooth ones   x                      x, residual
 
+The forward op also gives ``proxy``, one value seen as a tensor like x, which stands for x in the
+backward op's graph. What the second order adds to the gradient of x arrives at the forward op's
+formula as the gradient of ``proxy`` and is added by the same pass that makes the gradient of x
+(``addend``); through x itself, autograd would add the two in a pass of its own.
+
 None instead of zeros: the gradients of x with running statistics and a piecewise linear phi, of the
 residual and of beta with a piecewise linear phi, all in the second order.
 """
@@ -41,13 +46,14 @@ torch.library.define(
     "fastinterp::batch_norm_act",
     "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? running_mean,"
     f" Tensor? running_var, {_KIND})"
-    " -> (Tensor y, Tensor mean, Tensor rstd, Tensor unbiased_var, Tensor mask)",
+    " -> (Tensor y, Tensor mean, Tensor rstd, Tensor unbiased_var, Tensor mask, Tensor proxy)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 torch.library.define(
     "fastinterp::batch_norm_act_backward",
-    f"(Tensor gy, {_INPUTS}, Tensor mean, Tensor rstd, {_KIND}, bool need_x, bool need_residual,"
-    " bool need_affine) -> (Tensor gx, Tensor gresidual, Tensor gweight, Tensor gbias)",
+    f"(Tensor gy, {_INPUTS}, Tensor mean, Tensor rstd, Tensor? proxy, Tensor? addend, {_KIND},"
+    " bool need_x, bool need_residual, bool need_affine)"
+    " -> (Tensor gx, Tensor gresidual, Tensor gweight, Tensor gbias)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 torch.library.define(
@@ -135,7 +141,7 @@ def batch_norm_act(
     if not training and (running_mean is None or running_var is None):
         raise ValueError("running_mean and running_var are needed when not training")
     acc = _backend.accumulation_dtype(x.dtype)
-    y, mean, _, unbiased_var, _ = torch.ops.fastinterp.batch_norm_act(
+    y, mean, _, unbiased_var, _, _ = torch.ops.fastinterp.batch_norm_act(
         x,
         residual,
         _as(weight, acc),
@@ -235,7 +241,8 @@ def _forward_results(x, residual, training, activation):
     acc = _backend.accumulation_dtype(x.dtype)
     y, mean, rstd, unbiased_var = _results(x, acc, (True,), (True, True, training))
     rows, length = _mask_rows(x) if _keeps_mask(residual, activation) else (0, 0)
-    return y, mean, rstd, unbiased_var, x.new_empty(rows, -(-length // 8), dtype=torch.uint8)
+    mask = x.new_empty(rows, -(-length // 8), dtype=torch.uint8)
+    return y, mean, rstd, unbiased_var, mask, x.new_zeros(()).expand_as(x)
 
 
 @torch.library.impl("fastinterp::batch_norm_act", "CompositeExplicitAutograd")
@@ -244,13 +251,14 @@ def _forward(x, residual, weight, bias, running_mean, running_var, *kind):
     x = dense(x)
     residual = dense_as(residual, x)
     results = _forward_results(x, residual, training, activation)
-    y, mean, rstd, unbiased_var, mask = results
+    y, mean, rstd, unbiased_var, mask, _ = results
     if _backend.choose("batch_norm_act", x) == "reference":
         with torch.autocast(x.device.type, enabled=False):
             *values, positive = reference.forward(
                 x, residual, weight, bias, running_mean, running_var, kind
             )
-        return _fill(results, (*values, _pack(positive, x) if mask.numel() else None))
+        _fill(results[:-1], (*values, _pack(positive, x) if mask.numel() else None))
+        return results
     weight, bias, running_mean, running_var = _contiguous(weight, bias, running_mean, running_var)
     _native.core.cpu_batch_norm_act_forward(
         _header(x, kind),
@@ -261,20 +269,22 @@ def _forward(x, residual, weight, bias, running_mean, running_var, *kind):
 
 
 @torch.library.impl("fastinterp::batch_norm_act_backward", "CompositeExplicitAutograd")
-def _backward_impl(gy, x, residual, mask, weight, bias, mean, rstd, *options):
+def _backward_impl(gy, x, residual, mask, weight, bias, mean, rstd, proxy, addend, *options):
     kind, (need_x, need_residual, need_affine) = options[:4], options[4:]
     x = dense(x)
-    gy, residual = dense_as(gy, x), dense_as(residual, x)
+    gy, residual, addend = (dense_as(t, x) for t in (gy, residual, addend))
     results = _results(x, mean.dtype, (need_x, need_residual), (need_affine,) * 2)
     if _backend.choose("batch_norm_act", x) == "reference":
         with torch.autocast(x.device.type, enabled=False):
             mask = None if mask is None else _unpack(mask, x)
-            values = reference.backward(gy, x, residual, mask, weight, bias, mean, rstd, kind)
+            values = reference.backward(
+                gy, x, residual, mask, weight, bias, mean, rstd, addend, kind
+            )
         return _fill(results, values)
     weight, bias = _contiguous(weight, bias)
     _native.core.cpu_batch_norm_act_backward(
         _header(x, kind),
-        *_addresses(x, residual, weight, bias, mean, rstd, mask, gy),
+        *_addresses(x, residual, weight, bias, mean, rstd, mask, gy, addend),
         *_addresses(*results),
     )
     return results
@@ -319,7 +329,7 @@ def _fake(x, residual, weight, bias, running_mean, running_var, *kind):
 
 
 @torch.library.register_fake("fastinterp::batch_norm_act_backward")
-def _fake_backward(gy, x, residual, mask, weight, bias, mean, rstd, *options):
+def _fake_backward(gy, x, residual, mask, weight, bias, mean, rstd, proxy, addend, *options):
     need_x, need_residual, need_affine = options[4:]
     return _results(dense(x), mean.dtype, (need_x, need_residual), (need_affine,) * 2)
 
@@ -337,19 +347,19 @@ def _fake_backward_backward(
 
 def _setup_context(ctx, inputs, output):
     x, residual, weight, bias, _, _, *ctx.kind = inputs
-    _, mean, rstd, unbiased_var, mask = output
+    _, mean, rstd, unbiased_var, mask, proxy = output
     remember_edges(ctx, inputs)
     ctx.mark_non_differentiable(mean, rstd, unbiased_var, mask)
     ctx.keeps_mask = _keeps_mask(residual, ctx.kind[2])
     if ctx.kind[2] not in SMOOTH:
         residual = None
-    ctx.save_for_backward(x, residual, weight, bias, mean, rstd, mask)
+    ctx.save_for_backward(x, residual, weight, bias, mean, rstd, mask, proxy)
 
 
-def _backward(ctx, gy, *_):
+def _backward(ctx, gy, _mean, _rstd, _unbiased_var, _mask, addend):
     if gy is None:
-        return (None,) * 10
-    x, residual, weight, bias, mean, rstd, mask = ctx.saved_tensors
+        return addend, *(None,) * 9
+    x, residual, weight, bias, mean, rstd, mask, proxy = ctx.saved_tensors
     need_x, need_residual = wanted(ctx, 0), wanted(ctx, 1)
     sums_are_there = ctx.kind[0] and need_x
     need_weight, need_bias = (
@@ -357,6 +367,7 @@ def _backward(ctx, gy, *_):
     )
     gx, gresidual, gweight, gbias = torch.ops.fastinterp.batch_norm_act_backward(
         *(gy, x, residual, mask if ctx.keeps_mask else None, weight, bias, mean, rstd),
+        *(proxy, addend if need_x else None),
         *ctx.kind,
         *(need_x, need_residual, need_weight or need_bias or sums_are_there),
     )
@@ -370,41 +381,43 @@ def _backward(ctx, gy, *_):
 
 
 def _setup_context_backward(ctx, inputs, output):
-    gy, x, residual, mask, weight, bias, mean, rstd, *options = inputs
+    gy, x, residual, mask, weight, bias, mean, rstd, _, _, *options = inputs
     remember_edges(ctx, inputs)
     ctx.kind = options[:4]
     ctx.save_for_backward(gy, x, residual, mask, weight, bias, mean, rstd, output[2], output[3])
 
 
 def _backward_backward(ctx, v, u, a_weight, a_bias):
-    nothing = (None,) * 15
     cotangents = v, u, a_weight, a_bias
-    if all(t is None for t in cotangents):
-        return nothing
+    ggy = gx = gresidual = gweight = gbias = None
     training, _, activation, _ = ctx.kind
     smooth = activation in SMOOTH
-    # Identically zero otherwise; see the table at the top.
+    # Identically zero otherwise; see the top.
     depends_on_x = smooth or a_weight is not None or (training and v is not None)
-    need_gy, need_x = wanted(ctx, 0), wanted(ctx, 1) and depends_on_x
-    need_residual = smooth and wanted(ctx, 2)
-    need_weight = needs_grad(ctx, 4) and (smooth or v is not None)
-    need_bias = needs_grad(ctx, 5) and smooth
-    if not (need_gy or need_x or need_residual or need_weight or need_bias):
-        return nothing
-    ggy, gx, gresidual, gweight, gbias = torch.ops.fastinterp.batch_norm_act_backward_backward(
-        *cotangents,
-        *ctx.saved_tensors,
-        *ctx.kind,
-        *(need_gy, need_x, need_residual, need_weight or need_bias),
-    )
+    some = any(t is not None for t in cotangents)
+    need_gy = some and wanted(ctx, 0)
+    need_x = some and depends_on_x and wanted(ctx, 8)
+    need_residual = some and smooth and wanted(ctx, 2)
+    need_weight = some and (smooth or v is not None) and needs_grad(ctx, 4)
+    need_bias = some and smooth and needs_grad(ctx, 5)
+    if need_gy or need_x or need_residual or need_weight or need_bias:
+        ggy, gx, gresidual, gweight, gbias = torch.ops.fastinterp.batch_norm_act_backward_backward(
+            *cotangents,
+            *ctx.saved_tensors,
+            *ctx.kind,
+            *(need_gy, need_x, need_residual, need_weight or need_bias),
+        )
     return (
         ggy if need_gy else None,
-        gx if need_x else None,
+        None,
         gresidual if need_residual else None,
         None,
         gweight if need_weight else None,
         gbias if need_bias else None,
-        *(None,) * 9,
+        *(None, None),
+        gx if need_x else None,
+        v if needs_grad(ctx, 9) else None,
+        *(None,) * 7,
     )
 
 

@@ -19,6 +19,7 @@ import torch
 
 from fastinterp import _native
 from fastinterp.ops import _backend
+from fastinterp.ops._autograd import needs_grad, register_autograd
 
 NORMS = {"l1": 0, "l2": 1}  # codes of csrc/kernels.h
 
@@ -279,7 +280,7 @@ def _backward(ctx, grad_discrepancy, grad_distances):
     if grad_discrepancy is None and grad_distances is None:
         return (None,) * 5
     features, features_adv, head, class_weights, distances = ctx.saved_tensors
-    need = ctx.needs_input_grad
+    need = [needs_grad(ctx, i) for i in range(4)]
     class_grad, grad_weights = grad_distances, None
     if grad_discrepancy is not None:
         weighted = grad_discrepancy[:, None] * class_weights
@@ -307,7 +308,5 @@ def _second_order(ctx, *grads):
     )
 
 
-torch.library.register_autograd(
-    "fastinterp::cam_discrepancy", _backward, setup_context=_setup_context
-)
-torch.library.register_autograd("fastinterp::cam_discrepancy_backward", _second_order)
+register_autograd("cam_discrepancy", _backward, setup_context=_setup_context)
+register_autograd("cam_discrepancy_backward", _second_order)

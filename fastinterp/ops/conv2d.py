@@ -101,45 +101,36 @@ def _named_padding(x, weight, padding, stride, dilation):
     return x, tuple(t // 2 for t in total)
 
 
-def _unfilled(like: torch.Tensor, weight: torch.Tensor | None, size) -> torch.Tensor:
-    """Memory that is never touched: convolution_backward reads shape and layout off its arguments.
+def _is_channels_last(t: torch.Tensor) -> bool:
+    return t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
 
-    Channels_last where ``like`` or the weight is, as torch's convolution itself decides.
-    """
-    last = any(
-        t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
-        for t in (like, weight)
-        if t is not None
-    )
-    return torch.empty(
-        size,
-        dtype=like.dtype,
-        device=like.device,
-        memory_format=torch.channels_last if last else torch.contiguous_format,
-    )
+
+def _unfilled(like: torch.Tensor, size, channels_last: bool) -> torch.Tensor:
+    """Memory never touched: convolution_backward reads shape and layout off an argument."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=layout)
 
 
 def _forward(x, weight, bias, stride, padding, dilation, groups):
-    return torch.ops.aten.convolution(
-        x, weight, bias, stride, padding, dilation, False, [0, 0], groups
-    )
+    return _convolution(x, weight, bias, stride, padding, dilation, False, (0, 0), groups)
 
 
-def _convolution_backward(gy, x, weight, options, output):
-    stride, padding, dilation, groups = options
-    mask = [i == output for i in range(3)]
-    return torch.ops.aten.convolution_backward(
-        gy, x, weight, None, stride, padding, dilation, False, [0, 0], groups, mask
-    )[output]
+def _input_grad(gy, weight, input_size, stride, padding, dilation, groups):
+    # In the layout in which torch's convolution would have answered.
+    last = _is_channels_last(gy) or _is_channels_last(weight)
+    x = _unfilled(gy, input_size, last)
+    options = stride, padding, dilation, False, (0, 0), groups
+    return _convolution_backward(gy, x, weight, None, *options, (True, False, False))[0]
 
 
-def _input_grad(gy, weight, input_size, *options):
-    return _convolution_backward(gy, _unfilled(gy, weight, input_size), weight, options, 0)
+def _weight_grad(gy, x, weight_size, stride, padding, dilation, groups):
+    weight = _unfilled(x, weight_size, _is_channels_last(x))
+    options = stride, padding, dilation, False, (0, 0), groups
+    return _convolution_backward(gy, x, weight, None, *options, (False, True, False))[1]
 
 
-def _weight_grad(gy, x, weight_size, *options):
-    return _convolution_backward(gy, x, _unfilled(x, None, weight_size), options, 1)
-
+_convolution = torch.ops.aten.convolution.default
+_convolution_backward = torch.ops.aten.convolution_backward.default
 
 for _name, _kernel in (
     ("conv2d", _forward),

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from fastinterp import _native
 from fastinterp.ops import _backend
-from fastinterp.ops._autograd import no_third_order, remember_edges, wanted
+from fastinterp.ops._autograd import no_third_order, register_autograd, remember_edges, wanted
 
 REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}  # codes of csrc/kernels.h
 
@@ -294,12 +294,6 @@ def _second_order(ctx, v):
     return gc2 if need[0] else None, gz2 if need[1] else None, *(None,) * 6
 
 
-torch.library.register_autograd(
-    "fastinterp::cross_entropy", _backward, setup_context=_setup_context
-)
-torch.library.register_autograd(
-    "fastinterp::cross_entropy_backward", _second_order, setup_context=_setup_backward
-)
-torch.library.register_autograd(
-    "fastinterp::cross_entropy_backward_backward", no_third_order("cross_entropy")
-)
+register_autograd("cross_entropy", _backward, setup_context=_setup_context)
+register_autograd("cross_entropy_backward", _second_order, setup_context=_setup_backward)
+register_autograd("cross_entropy_backward_backward", no_third_order("cross_entropy"))

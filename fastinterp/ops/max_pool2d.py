@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from fastinterp import _native
 from fastinterp.ops import _backend
-from fastinterp.ops._autograd import remember_edges
+from fastinterp.ops._autograd import register_autograd, remember_edges
 
 NO_OFFSET = 255  # of csrc/kernels.h: a window that lies in the padding altogether
 
@@ -312,4 +312,4 @@ for _name, _formula, _setup in (
     ("max_pool2d_backward", _scatter_backward, _setup_scatter),
     ("max_pool2d_backward_backward", _gather_backward, _setup_gather),
 ):
-    torch.library.register_autograd(f"fastinterp::{_name}", _formula, setup_context=_setup)
+    register_autograd(_name, _formula, setup_context=_setup)
