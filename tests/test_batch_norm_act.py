@@ -219,6 +219,45 @@ def test_every_pattern_of_cotangents(backend, activation, training):
                 torch.testing.assert_close(value, exact, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_gradient_of_x_along_both_ways(backend, activation, training):
+    """x is used elsewhere too, is no leaf, and the loss is both a value and a penalty."""
+    tensors, running, gy, cotangents = inputs((4, 3, 3, 2))
+    results = []
+    for function in (batch_norm_act, plain):
+        x, residual, weight, bias = given = leaves(tensors)
+        hidden = x * x
+        y = function(
+            hidden,
+            weight,
+            bias,
+            *(t.clone() for t in running),
+            residual=residual,
+            training=training,
+            activation=activation,
+        )
+        (g_hidden,) = torch.autograd.grad((y * gy).sum(), hidden, create_graph=True)
+        (g_x,) = torch.autograd.grad((y * gy).sum(), x, create_graph=True)
+        loss = (g_hidden * cotangents[0]).sum() + g_x.square().sum() + (y * y).sum() + hidden.sum()
+        ends = (hidden, *given)
+        results.append(
+            [
+                *torch.autograd.grad(loss, ends, retain_graph=True, allow_unused=True),
+                *torch.autograd.grad(
+                    g_hidden.square().sum(),
+                    [hidden, x],
+                    retain_graph=True,
+                    allow_unused=True,
+                    materialize_grads=True,
+                ),
+                *torch.autograd.grad(loss, x),
+            ]
+        )
+    for value, exact in zip(*results, strict=True):
+        torch.testing.assert_close(value, exact, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("asked", [(0,), (1,), (2,), (3,), (0, 2), (1, 3)], ids=str)
 def test_only_some_inputs_need_gradients(backend, asked):
     tensors, running, gy, cotangents = inputs((4, 3, 3, 2))
@@ -428,14 +467,17 @@ def test_opcheck(backend, activation, training, layout):
     ops = torch.ops.fastinterp
     running = (None, None) if training else running
     torch.library.opcheck(ops.batch_norm_act.default, (*given, *running, *kind))
-    _, mean, rstd, _, mask = ops.batch_norm_act(*tensors, *running, *kind)
+    _, mean, rstd, _, mask, proxy = ops.batch_norm_act(*tensors, *running, *kind)
     smooth = activation in SMOOTH
     (gy,) = leaves([gy])
     saved = (gy, x, residual if smooth else None, None if smooth else mask, weight, bias)
     saved += (mean, rstd)
-    torch.library.opcheck(ops.batch_norm_act_backward.default, (*saved, *kind, True, True, True))
+    # proxy and addend: the gradient of x by way of the forward op, see the module
+    for stand_in in ((None, None), leaves([proxy.clone(), cotangents[0]])):
+        arguments = (*saved, *stand_in, *kind, True, True, True)
+        torch.library.opcheck(ops.batch_norm_act_backward.default, arguments)
     saved = tuple(None if t is None else t.detach() for t in saved)
-    _, _, sum_gx, sum_g = ops.batch_norm_act_backward(*saved, *kind, True, True, True)
+    _, _, sum_gx, sum_g = ops.batch_norm_act_backward(*saved, None, None, *kind, True, True, True)
     torch.library.opcheck(
         ops.batch_norm_act_backward_backward.default,
         (*cotangents, *saved, sum_gx, sum_g, *kind, True, True, smooth, True),
@@ -458,7 +500,11 @@ def test_every_output_element_is_written(monkeypatch, dtype, activation, trainin
         return tensors
 
     monkeypatch.setattr(module, "_results", lambda *a: fill(results(*a)))
-    monkeypatch.setattr(module, "_forward_results", lambda *a: fill(forward_results(*a)))
+    monkeypatch.setattr(
+        module,
+        "_forward_results",
+        lambda *a: (*fill(forward_results(*a)[:-1]), forward_results(*a)[-1]),
+    )
     for case in CASES:
         given = inputs(*case, dtype=dtype)
         masks, values = [], []
@@ -503,7 +549,8 @@ def kept(tensors, running, activation):
     x, residual, weight, bias = leaves(tensors)
 
     def pack(t):
-        saved[t.data_ptr()] = (t.dtype, t.numel())
+        storage = t.untyped_storage()
+        saved[storage.data_ptr()] = (t.dtype, storage.nbytes() // t.element_size())
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
@@ -536,7 +583,9 @@ def test_what_is_kept(backend, layout):
 @pytest.mark.parametrize(("size", "layout"), [c[:2] for c in CASES], ids=str)
 def test_the_mask_is_the_sign_of_the_pre_activation(backend, size, layout):
     tensors, running, _, _ = inputs(size, layout)
-    y, *_, mask = torch.ops.fastinterp.batch_norm_act(*tensors, *running, False, 1e-5, "relu", 0.0)
+    y, *_, mask, _ = torch.ops.fastinterp.batch_norm_act(
+        *tensors, *running, False, 1e-5, "relu", 0.0
+    )
     assert torch.equal(module._unpack(mask, tensors[0]), y > 0)
     assert torch.equal(mask, module._pack(y > 0, tensors[0]))
 
