@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import fastinterp as fi
 
@@ -292,14 +293,16 @@ def test_max_pooling_in_eager_and_traced():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-def test_max_pooling_compiled(compiler):
+def test_max_pooling_compiled(compiler, layout):
     """The whole step, its two backward passes included, in one compiled graph."""
     stock = conv_net(3, norm=True, pool=True).double()
     fused = fi.fuse(copy.deepcopy(stock))
     x, labels = images(dtype=torch.float64)
     direction = torch.randn_like(x)
     exact = directional(by_hand(stock), x, labels, direction)
+    fused, x = fused.to(memory_format=layout), x.contiguous(memory_format=layout)
     with torch._dynamo.config.patch(trace_autograd_ops=True):
         compiled = torch.compile(lambda x, d: directional(fused, x, labels, d), backend=compiler)
         assert error(compiled(x, direction), exact) < 1e-10
@@ -317,6 +320,22 @@ def test_two_runs_give_the_same_bits(dtype, layout):
     first, second = (step(copy.deepcopy(net), x, labels) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert all(torch.isfinite(t).all() for t in first)
+
+
+class Checkpointed(nn.Sequential):
+    def forward(self, x):
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
+def test_checkpointed_blocks_give_the_same_numbers():
+    """A recomputed activation stands in the graph where the first one did."""
+    net = small_resnet().double()
+    kept = fi.fuse(copy.deepcopy(net))
+    body = fi.fuse(copy.deepcopy(net))
+    recomputed = nn.Sequential(Checkpointed(*body[:4]), Checkpointed(*body[4:6]), *body[6:])
+    x, labels = images(dtype=torch.float64)
+    torch.testing.assert_close(step(recomputed, x, labels), step(kept, x, labels))
+    torch.testing.assert_close(step(kept, x, labels), step(net, x, labels))
 
 
 def test_traced_graphs_keep_the_ops():
