@@ -15,6 +15,7 @@ from fastinterp import _native
 RESULTS = Path(__file__).parent / "results"
 FIELDS = (
     *("benchmark", "case", "side", "ms_p20", "ms_p50", "ms_p80", "ratio", "check"),
+    *("peak_mb", "conv_units", "note"),
     *("device", "threads", "torch", "python", "commit"),
 )
 
@@ -56,6 +57,24 @@ def quantiles(seconds: list[float]) -> dict[str, str]:
     return {f"ms_p{name}": f"{1e3 * deciles[i]:.4g}" for name, i in ((20, 1), (50, 4), (80, 7))}
 
 
+def _migrate(path: Path) -> None:
+    """Gives a file of earlier columns the present ones, empty where they are new."""
+    if not path.exists():
+        return
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) == FIELDS:
+            return
+        rows = list(reader)
+    unknown = set(reader.fieldnames or ()) - set(FIELDS)
+    if unknown:
+        raise ValueError(f"{path} has columns that are not known here: {', '.join(unknown)}")
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def append(path: Path, rows: list[dict]) -> None:
     """Adds rows to a CSV, with the machine and the versions filled in."""
     here = {
@@ -65,6 +84,7 @@ def append(path: Path, rows: list[dict]) -> None:
         "python": platform.python_version(),
         "commit": commit(),
     }
+    _migrate(path)
     new = not path.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="") as file:

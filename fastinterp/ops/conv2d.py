@@ -124,9 +124,47 @@ def _input_grad(gy, weight, input_size, stride, padding, dilation, groups):
 
 
 def _weight_grad(gy, x, weight_size, stride, padding, dilation, groups):
+    if _product_is_faster(gy, x, weight_size, groups):
+        return _weight_grad_product(gy, x, weight_size, stride, padding, dilation)
     weight = _unfilled(x, weight_size, _is_channels_last(x))
     options = stride, padding, dilation, False, (0, 0), groups
     return _convolution_backward(gy, x, weight, None, *options, (False, True, False))[1]
+
+
+def _product_is_faster(gy, x, weight_size, groups) -> bool:
+    """Whether one matrix product beats oneDNN's weight gradient: few pixels, many channels.
+
+    With M output pixels in the batch, measured on 2 cores with AVX-512 and AMX, oneDNN's time over
+    the product's: bfloat16 3x3 6.8 at M = O = 512, 1.3 to 1.9 at M = 8 O, 0.6 at M = 16 O; 1x1 1.0
+    to 6.3 throughout; float32 1.2 to 2.2 up to M = O, 0.9 to 1.1 at M = 2 O.
+    """
+    if gy.device.type != "cpu" or groups != 1 or not _is_channels_last(x):
+        return False
+    out_channels, _, height, width = weight_size
+    pixels = gy.shape[0] * gy.shape[2] * gy.shape[3]
+    if gy.dtype == torch.bfloat16:
+        return height * width == 1 or pixels <= 8 * out_channels
+    return gy.dtype == torch.float32 and pixels <= out_channels
+
+
+def _weight_grad_product(gy, x, weight_size, stride, padding, dilation):
+    """gw[o, (i, j, c)] = sum_m gy[m, o] window[m, (i, j, c)], m over the pixels of the batch."""
+    out_channels, channels, kh, kw = weight_size
+    n, _, height, width = gy.shape
+    x = x.permute(0, 2, 3, 1)
+    if any(padding):
+        x = torch.nn.functional.pad(x, (0, 0, padding[1], padding[1], padding[0], padding[0]))
+    example, row, column, channel = x.stride()
+    windows = x.as_strided(
+        (n, height, width, kh, kw, channels),
+        (
+            *(example, stride[0] * row, stride[1] * column),
+            *(dilation[0] * row, dilation[1] * column, channel),
+        ),
+        x.storage_offset(),
+    ).reshape(n * height * width, kh * kw * channels)
+    gy = gy.permute(0, 2, 3, 1).reshape(n * height * width, out_channels)
+    return (gy.t() @ windows).view(out_channels, kh, kw, channels).permute(0, 3, 1, 2)
 
 
 _convolution = torch.ops.aten.convolution.default
