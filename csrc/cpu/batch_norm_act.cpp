@@ -50,6 +50,9 @@ struct Kernel {
   }
   static constexpr int kMaxSums = 10;
 
+  // M; an empty batch has sums of zero, and they stay zero.
+  double elements() const { return g.count() > 0 ? g.count() : 1; }
+
   static const A* vector(const void* data) { return static_cast<const A*>(data); }
   static A at(const void* data, std::int64_t c, A otherwise) {
     return data == nullptr ? otherwise : vector(data)[c];
@@ -97,8 +100,10 @@ struct Kernel {
       return smooth_value<P>(z, alpha);
     } else if constexpr (K == Activation::identity) {
       return z;
+    } else if constexpr (K == Activation::relu) {
+      return z < typename P::X{} ? typename P::X{} : z;
     } else {
-      return z < typename P::X{} ? P::constant(-activation_value<K>(A(-1), alpha)) * z : z;
+      return z < typename P::X{} ? alpha * z : z;
     }
   }
   // What an element is made of, at row r and lanes from j on of a strip.
@@ -118,7 +123,7 @@ struct Kernel {
           gy(source(k.p.gy).in(s)),
           v(source(k.p.v).in(s)),
           u(source(k.p.u).in(s)),
-          bits(static_cast<const std::uint8_t*>(k.p.mask) + s.bits),
+          bits(Masked ? static_cast<const std::uint8_t*>(k.p.mask) + s.bits : nullptr),
           bits_row(s.bits_row) {}
 
     template <typename P>
@@ -206,9 +211,9 @@ struct Kernel {
     const auto combine = [&](std::int64_t c, const double* total) {
       double mean, var;
       if (p.training) {
-        const double shift = total[0] / g.count();
+        const double shift = total[0] / elements();
         mean = values[kMean * lanes + c] + shift;
-        var = total[1] / g.count() - shift * shift;
+        var = total[1] / elements() - shift * shift;
         if (var < 0) var = 0;
         const double others = g.count() > 1 ? g.count() - 1 : 1;
         static_cast<A*>(p.unbiased_var)[c] = static_cast<A>(var * g.count() / others);
@@ -272,7 +277,7 @@ struct Kernel {
       });
     };
     const auto combine = [&](std::int64_t c, const double* total) {
-      const double scale = p.training ? values[kScale * lanes + c] / double(g.count()) : 0;
+      const double scale = p.training ? values[kScale * lanes + c] / elements() : 0;
       set(kConst, c, -scale * total[0]);
       set(kX, c, -scale * total[1] * values[kRstd * lanes + c]);
       if (p.gbias != nullptr) static_cast<A*>(p.gbias)[c] = static_cast<A>(total[0]);
@@ -341,7 +346,7 @@ struct Kernel {
     const auto combine = [&](std::int64_t c, const double* total) {
       const double rstd = values[kRstd * lanes + c], scale = values[kScale * lanes + c];
       const double a_weight = at(p.a_weight, c, A(0)), a_bias = at(p.a_bias, c, A(0));
-      const double share = p.training ? 1.0 / g.count() : 0;  // 1/M, or no batch statistics
+      const double share = p.training ? 1 / elements() : 0;  // 1/M, or no batch statistics
       const double mean_v = total[kSv] * share, mean_vx = total[kSvx] * share;
       const double mean_g = at(p.sum_g, c, A(0)) * share, mean_gx = at(p.sum_gx, c, A(0)) * share;
       const double q_const = a_bias - scale * mean_v, q_x = a_weight - scale * mean_vx;

@@ -24,7 +24,6 @@ struct Wide {
   static void store(T* p, X v) { Pack<X>::store_to(p, v); }
   static X values(const A* p) { return load_vector(p); }
   static void put(A* p, X v) { store_vector(p, v); }
-  static X constant(A v) { return X{} + v; }
 
   // f of every lane, in a loop the compiler vectorises.
   template <typename F>
@@ -63,7 +62,6 @@ struct Narrow {
   static void store(T* p, X v) { cpu::store(p, v); }
   static X values(const A* p) { return *p; }
   static void put(A* p, X v) { *p = v; }
-  static X constant(A v) { return v; }
   template <typename F>
   static X each(X v, F f) {
     return f(v);
@@ -101,7 +99,7 @@ struct Geometry {
 
   // Narrow rows are read several at a time, so that lanes are full: `fold` rows as one.
   std::int64_t fold() const {
-    if (!channels_last || channels >= kLanes || kLanes % channels != 0) return 1;
+    if (!channels_last || channels == 0 || channels >= kLanes || kLanes % channels != 0) return 1;
     const std::int64_t rows = kLanes / channels;
     return count() % rows == 0 ? rows : 1;
   }

@@ -20,11 +20,16 @@ def _sum(t):
     return t.sum([0, *range(2, t.dim())])
 
 
+def _count(x):
+    """M, elements of a channel; 1 where there are none, so that sums of nothing stay zero."""
+    return max(x.numel() // max(x.shape[1], 1), 1)
+
+
 def _slope(z, activation, alpha):
     if activation == "relu":
         return (z > 0).to(z.dtype)
     if activation == "leaky_relu":
-        return torch.where(z > 0, 1.0, alpha).to(z.dtype)
+        return torch.where(z > 0, torch.ones_like(z), alpha)  # not of two numbers: float32
     if activation == "softplus":
         return torch.sigmoid(alpha * z)
     if activation == "silu":
@@ -64,7 +69,7 @@ def forward(x, residual, weight, bias, running_mean, running_var, kind):
     training, eps, activation, alpha = kind
     x32 = x.to(accumulation_dtype(x.dtype))
     if training:
-        count = x.numel() // x.shape[1]
+        count = _count(x)
         mean = _sum(x32) / count
         squares = _sum((x32 - _columns(mean, x)).square())
         var, unbiased_var = squares / count, squares / max(count - 1, 1)
@@ -93,8 +98,7 @@ def _normalised(gy, x, residual, mask, weight, bias, mean, rstd, kind):
     scale = _columns(rstd if weight is None else weight * rstd, x)
     curvature = None
     if mask is not None:
-        slope = torch.where(mask, 1.0, _slope(-torch.ones((), dtype=acc), activation, alpha))
-        slope = slope.to(acc)
+        slope = _slope(torch.where(mask, torch.ones_like(x32), -1), activation, alpha)
     else:
         z = _pre_activation(x32, residual, weight, bias, mean, rstd)
         slope = _slope(z, activation, alpha)
@@ -109,7 +113,7 @@ def backward(gy, x, residual, mask, weight, bias, mean, rstd, addend, kind):
     sum_g, sum_gx = _sum(g), _sum(g * xh)
     gx = g
     if kind[0]:
-        count = x.numel() // x.shape[1]
+        count = _count(x)
         gx = g - _columns(sum_g, x) / count - xh * _columns(sum_gx, x) / count
     gx = scale * gx if addend is None else scale * gx + addend
     return gx.to(x.dtype), g.to(x.dtype), sum_gx, sum_g
@@ -125,12 +129,14 @@ def backward_backward(
     v, u = (zero.expand_as(x) if t is None else t.to(mean.dtype) for t in (v, u))
     a_weight = zero if a_weight is None else _columns(a_weight, x)
     a_bias = zero if a_bias is None else _columns(a_bias, x)
+    if not sum_g.numel():  # v and a_weight, which they stand with, are None then
+        sum_gx = sum_g = torch.zeros_like(mean)
     g, r = slope * gy, _columns(rstd, x)
 
     def centred(t, total, total_x):
         if not kind[0]:
             return t
-        count = x.numel() // x.shape[1]
+        count = _count(x)
         return t - _columns(total, x) / count - xh * _columns(total_x, x) / count
 
     sum_v, sum_vx = _sum(v), _sum(v * xh)
@@ -139,7 +145,7 @@ def backward_backward(
     a = _sum(v_centred * g)
     gx = r * a_weight * g_centred
     if kind[0]:
-        count = x.numel() // x.shape[1]
+        count = _count(x)
         gx = gx - scale * r / count * (
             _columns(a, x) * xh + _columns(sum_gx, x) * v_centred + _columns(sum_vx, x) * g_centred
         )

@@ -86,12 +86,12 @@ def batch_norm_act(
     Args:
         x: (N, C) or (N, C, ...), float32, float64, bfloat16 or float16; NCHW or channels_last.
         weight, bias: (C,), or None for ones and zeros.
-        running_mean, running_var: (C,), or None. Used when not training; when training they are
-            updated in place with the batch's mean and unbiased variance.
+        running_mean, running_var: (C,), or None. Used when not training; when training each that
+            is given is updated in place with the batch's mean or unbiased variance.
         residual: added before the activation, shape and dtype of x; or None.
         training: normalise with the batch's own statistics.
-        momentum: share of the new statistics in the running ones, in [0, 1].
-        eps: added to the variance, > 0.
+        momentum: share of the new statistics in the running ones.
+        eps: added to the variance, >= 0; > 0 when training.
         activation: "identity", "relu", "leaky_relu", "softplus", "silu" or "gelu" (exact).
         alpha: slope of leaky_relu (0.01) or beta of softplus (1).
 
@@ -133,6 +133,8 @@ def batch_norm_act(
         raise ValueError(f"alpha, the slope of leaky_relu, must be >= 0, got {alpha}")
     if activation == "softplus" and not alpha > 0:
         raise ValueError(f"alpha, the beta of softplus, must be > 0, got {alpha}")
+    if not eps >= 0 or (training and eps == 0):
+        raise ValueError(f"eps must be > 0 when training and >= 0 otherwise, got {eps}")
     count = x.numel() // channels if channels else 0
     if training and count == 1:
         raise ValueError(f"training needs more than one value per channel, got x {tuple(x.shape)}")
@@ -151,10 +153,11 @@ def batch_norm_act(
         activation,
         alpha,
     )
-    if training and running_mean is not None and count > 0:
+    if training and count > 0:
         with torch.no_grad():
-            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-            running_var.lerp_(unbiased_var.to(running_var.dtype), momentum)
+            for running, batch in ((running_mean, mean), (running_var, unbiased_var)):
+                if running is not None:
+                    running.lerp_(batch.to(running.dtype), momentum)
     return y
 
 

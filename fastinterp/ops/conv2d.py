@@ -70,8 +70,10 @@ def conv2d(
 
     Source: the adjoint of a convolution; Chellapilla, Puri & Simard (2006) for its three products.
     """
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    device = x.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if autocast and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     stride, dilation = _pair(stride), _pair(dilation)
@@ -109,12 +111,10 @@ def _unfilled(like: torch.Tensor, size, channels_last: bool) -> torch.Tensor:
     return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=layout)
 
 
-@torch.library.impl("fastinterp::conv2d", "CompositeExplicitAutograd")
 def _forward(x, weight, bias, stride, padding, dilation, groups):
     return _convolution(x, weight, bias, stride, padding, dilation, False, (0, 0), groups)
 
 
-@torch.library.impl("fastinterp::conv2d_input_grad", "CompositeExplicitAutograd")
 def _input_grad(gy, weight, input_size, stride, padding, dilation, groups):
     # In the layout in which torch's convolution would have answered.
     last = _is_channels_last(gy) or _is_channels_last(weight)
@@ -123,7 +123,6 @@ def _input_grad(gy, weight, input_size, stride, padding, dilation, groups):
     return _convolution_backward(gy, x, weight, None, *options, (True, False, False))[0]
 
 
-@torch.library.impl("fastinterp::conv2d_weight_grad", "CompositeExplicitAutograd")
 def _weight_grad(gy, x, weight_size, stride, padding, dilation, groups):
     if _product_is_faster(gy, x, weight_size, groups):
         return _weight_grad_product(gy, x, weight_size, stride, padding, dilation)
@@ -171,9 +170,14 @@ def _weight_grad_product(gy, x, weight_size, stride, padding, dilation):
 _convolution = torch.ops.aten.convolution.default
 _convolution_backward = torch.ops.aten.convolution_backward.default
 
-torch.library.register_fake("fastinterp::conv2d", _forward)
-torch.library.register_fake("fastinterp::conv2d_input_grad", _input_grad)
-torch.library.register_fake("fastinterp::conv2d_weight_grad", _weight_grad)
+for _name, _kernel in (
+    ("conv2d", _forward),
+    ("conv2d_input_grad", _input_grad),
+    ("conv2d_weight_grad", _weight_grad),
+):
+    # Tracers run the same code, so that torch's own convolution tells them the layouts.
+    torch.library.impl(f"fastinterp::{_name}", "CompositeExplicitAutograd", _kernel)
+    torch.library.register_fake(f"fastinterp::{_name}", _kernel)
 
 
 def _setup_context(ctx, inputs, output):
