@@ -27,6 +27,10 @@ CASES = [
     ((2, 3, 6, 5), (4, 3, 4, 2), dict(padding="same")),  # uneven on both sides
     ((2, 3, 6, 5), (4, 3, 2, 3), dict(padding="same", dilation=3)),
     ((2, 3, 6, 5), (4, 3, 3, 3), dict(padding="valid", stride=2)),
+    # few pixels, many channels, where the weight gradient may be a product
+    ((2, 4, 6, 7), (40, 4, 3, 2), dict(stride=(2, 1), dilation=(1, 2), padding=(2, 1))),
+    ((2, 16, 3, 4), (40, 16, 3, 3), dict(padding=1)),
+    ((2, 16, 5, 4), (40, 16, 1, 1), dict(stride=2)),
     ((1, 17, 1, 1), (19, 17, 1, 1), {}),
     ((3, 5, 7), (4, 3, 3, 3), dict(padding=1)),  # unbatched
 ]
@@ -79,6 +83,31 @@ def test_as_torch(case, dtype, layout):
                 assert true is None or not true.any()
             else:
                 assert_as_accurate(value, same, true, 4)
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_weight_gradient_as_a_product(monkeypatch, case):
+    """Where it is faster the weight gradient is one matrix product; here, wherever it is right."""
+    taken = []
+
+    def eligible(gy, x, weight_size, groups):
+        taken.append(groups == 1 and module._is_channels_last(x))
+        return taken[-1]
+
+    monkeypatch.setattr(module, "_product_is_faster", eligible)
+    size, weight_size, options = case
+    given = inputs(*case, torch.float64, LAST)
+    if len(size) == 4:  # a view into larger memory
+        parent = torch.randn(size[0] + 1, *size[1:], dtype=torch.float64).to(memory_format=LAST)
+        parent[1:] = given[0][0]
+        given[0][0] = parent[1:]
+    got, exact = run(conv2d, *given, **options), run(F.conv2d, *given, **options)
+    for order in (1, 2):
+        for value, true in zip(got[order], exact[order], strict=True):
+            if value is not None:
+                torch.testing.assert_close(value, true, rtol=1e-10, atol=1e-10)
+    expected = options.get("groups", 1) == 1 and len(size) == 4 and size[2:] != (1, 1)
+    assert any(taken) == expected
 
 
 @pytest.mark.parametrize("case", CASES[:-2], ids=IDS[:-2])
