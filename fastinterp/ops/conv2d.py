@@ -136,14 +136,15 @@ def _product_is_faster(gy, x, weight_size, groups) -> bool:
 
     With M output pixels in the batch, measured on 2 cores with AVX-512 and AMX, oneDNN's time over
     the product's: bfloat16 3x3 6.8 at M = O = 512, 1.3 to 1.9 at M = 8 O, 0.6 at M = 16 O; 1x1 1.0
-    to 6.3 throughout; float32 1.2 to 2.2 up to M = O, 0.9 to 1.1 at M = 2 O.
+    to 6.3 throughout in channels_last; float32 1.2 to 2.2 up to M = O, 0.9 to 1.1 at M = 2 O.
     """
-    if gy.device.type != "cpu" or groups != 1 or not _is_channels_last(x):
+    if gy.device.type != "cpu" or groups != 1:
         return False
     out_channels, _, height, width = weight_size
     pixels = gy.shape[0] * gy.shape[2] * gy.shape[3]
     if gy.dtype == torch.bfloat16:
-        return height * width == 1 or pixels <= 8 * out_channels
+        pointwise = height * width == 1 and _is_channels_last(x)
+        return pointwise or pixels <= 8 * out_channels
     return gy.dtype == torch.float32 and pixels <= out_channels
 
 
@@ -151,6 +152,7 @@ def _weight_grad_product(gy, x, weight_size, stride, padding, dilation):
     """gw[o, (i, j, c)] = sum_m gy[m, o] window[m, (i, j, c)], m over the pixels of the batch."""
     out_channels, channels, kh, kw = weight_size
     n, _, height, width = gy.shape
+    layout = torch.channels_last if _is_channels_last(x) else torch.contiguous_format
     x = x.permute(0, 2, 3, 1)
     if any(padding):
         x = torch.nn.functional.pad(x, (0, 0, padding[1], padding[1], padding[0], padding[0]))
@@ -164,7 +166,8 @@ def _weight_grad_product(gy, x, weight_size, stride, padding, dilation):
         x.storage_offset(),
     ).reshape(n * height * width, kh * kw * channels)
     gy = gy.permute(0, 2, 3, 1).reshape(n * height * width, out_channels)
-    return (gy.t() @ windows).view(out_channels, kh, kw, channels).permute(0, 3, 1, 2)
+    gweight = (gy.t() @ windows).view(out_channels, kh, kw, channels)
+    return gweight.permute(0, 3, 1, 2).contiguous(memory_format=layout)
 
 
 _convolution = torch.ops.aten.convolution.default
