@@ -85,7 +85,8 @@ def balanced_weight(problem: Problem) -> float:
         return 1.0
     gradients = []
     for weight in (0.0, 1.0):  # CE; CE + penalty
-        few = problem.but(dtype="fp64", batch=min(problem.batch, 8), weight=weight)
+        # NCHW, in which float64 convolutions are twice as fast.
+        few = problem.but(dtype="fp64", format="nchw", batch=min(problem.batch, 8), weight=weight)
         net = few.network()
         parts = torch.autograd.grad(few.loss(net, *few.tensors()), list(net.parameters()))
         gradients.append(torch.cat([g.flatten() for g in parts]))
