@@ -95,7 +95,7 @@ def test_weight_gradient_as_a_product(monkeypatch, case):
         return taken[-1]
 
     monkeypatch.setattr(module, "_product_is_faster", eligible)
-    size, weight_size, options = case
+    size, _, options = case
     given = inputs(*case, torch.float64, LAST)
     if len(size) == 4:  # a view into larger memory
         parent = torch.randn(size[0] + 1, *size[1:], dtype=torch.float64).to(memory_format=LAST)
