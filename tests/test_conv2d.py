@@ -37,6 +37,15 @@ CASES = [
 IDS = [f"{w}-{o}" for _, w, o in CASES]
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """The tensors are tiny: threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def inputs(size, weight_size, options, dtype=torch.float64, layout=NCHW):
     def randn(*shape):
         t = torch.randn(shape, dtype=torch.float64).to(dtype)
