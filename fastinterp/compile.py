@@ -9,8 +9,6 @@ import functools
 from collections.abc import Callable
 
 import torch
-from torch._dynamo import config
-from torch._dynamo.exc import TorchDynamoException
 
 _SWITCH = "trace_autograd_ops"
 _ALTERNATIVES = (
@@ -49,6 +47,10 @@ def compile_step(fn: Callable, **compile_kwargs) -> Callable:
         RuntimeError: this torch cannot trace torch.autograd.grad, or, at a call, fn cannot be
             traced in one graph. The message says what else to do.
     """
+    # Not with the package, which should import fast: dynamo takes seconds and brings triton.
+    from torch._dynamo import config
+    from torch._dynamo.exc import TorchDynamoException
+
     if not hasattr(config, _SWITCH):
         raise RuntimeError(
             f"torch {torch.__version__} cannot compile a step that calls torch.autograd.grad "
@@ -70,7 +72,7 @@ def compile_step(fn: Callable, **compile_kwargs) -> Callable:
     return step
 
 
-def _reason(error: TorchDynamoException) -> str:
+def _reason(error: Exception) -> str:
     """What dynamo could not trace, and the object that it names."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
     context = [line for line in lines[1:] if line.startswith("Developer debug context:")]

@@ -13,6 +13,15 @@ from torch.utils.checkpoint import checkpoint
 import fastinterp as fi
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """The tensors are tiny: threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def conv_net(layers=4, norm=False, pool=False):
     """conv-(BN)-ReLU blocks, average pooling, a linear layer."""
     blocks = []
