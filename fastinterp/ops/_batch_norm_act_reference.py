@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import torch
 
+from fastinterp.ops._activations import SMOOTH, value
+from fastinterp.ops._activations import curvature as curvature_of
+from fastinterp.ops._activations import slope as slope_of
 from fastinterp.ops._backend import accumulation_dtype
-
-SMOOTH = ("softplus", "silu", "gelu")  # activations with a second derivative
 
 
 def _columns(vector, x):
@@ -25,46 +26,6 @@ def _count(x):
     return max(x.numel() // max(x.shape[1], 1), 1)
 
 
-def _slope(z, activation, alpha):
-    if activation == "relu":
-        return (z > 0).to(z.dtype)
-    if activation == "leaky_relu":
-        return torch.where(z > 0, torch.ones_like(z), alpha)  # not of two numbers: float32
-    if activation == "softplus":
-        return torch.sigmoid(alpha * z)
-    if activation == "silu":
-        s = torch.sigmoid(z)
-        return s * (1 + z * (1 - s))
-    if activation == "gelu":
-        return torch.special.ndtr(z) + z * _density(z)
-    return torch.ones_like(z)
-
-
-def _curvature(z, activation, alpha):
-    if activation == "softplus":
-        s = torch.sigmoid(alpha * z)
-        return alpha * s * (1 - s)
-    if activation == "silu":
-        s = torch.sigmoid(z)
-        return s * (1 - s) * (2 + z * (1 - 2 * s))
-    return _density(z) * (2 - z * z)
-
-
-def _density(z):
-    return torch.exp(-0.5 * z * z) * 0.3989422804014327
-
-
-def _value(z, activation, alpha):
-    functional = torch.nn.functional
-    if activation == "identity":
-        return z
-    if activation == "leaky_relu":
-        return functional.leaky_relu(z, alpha)
-    if activation == "softplus":
-        return functional.softplus(z, alpha)
-    return getattr(functional, activation)(z)
-
-
 def forward(x, residual, weight, bias, running_mean, running_var, kind):
     training, eps, activation, alpha = kind
     x32 = x.to(accumulation_dtype(x.dtype))
@@ -78,7 +39,7 @@ def forward(x, residual, weight, bias, running_mean, running_var, kind):
     rstd = 1 / torch.sqrt(var + eps)
     z = _pre_activation(x32, residual, weight, bias, mean, rstd)
     mask = None if residual is None else z > 0
-    return _value(z, activation, alpha).to(x.dtype), mean, rstd, unbiased_var, mask
+    return value(z, activation, alpha).to(x.dtype), mean, rstd, unbiased_var, mask
 
 
 def _pre_activation(x32, residual, weight, bias, mean, rstd):
@@ -98,12 +59,12 @@ def _normalised(gy, x, residual, mask, weight, bias, mean, rstd, kind):
     scale = _columns(rstd if weight is None else weight * rstd, x)
     curvature = None
     if mask is not None:
-        slope = _slope(torch.where(mask, torch.ones_like(x32), -1), activation, alpha)
+        slope = slope_of(torch.where(mask, torch.ones_like(x32), -1), activation, alpha)
     else:
         z = _pre_activation(x32, residual, weight, bias, mean, rstd)
-        slope = _slope(z, activation, alpha)
+        slope = slope_of(z, activation, alpha)
         if activation in SMOOTH:
-            curvature = _curvature(z, activation, alpha)
+            curvature = curvature_of(z, activation, alpha)
     return xh, gy.to(acc), slope, curvature, scale
 
 

@@ -16,11 +16,10 @@ import torch
 
 from fastinterp import _native
 from fastinterp.ops import _backend
+from fastinterp.ops._activations import ACTIVATIONS, DEFAULT_ALPHA, curvature, slope, value
 from fastinterp.ops._autograd import no_third_order, register_autograd, remember_edges, wanted
 
-# codes of csrc/kernels.h, and the default of alpha where there is one
-KINDS = {"relu": 1, "leaky_relu": 2, "softplus": 3, "silu": 4, "gelu": 5}
-_ALPHA = {"leaky_relu": 0.01, "softplus": 1.0}
+KINDS = {kind: code for kind, code in ACTIVATIONS.items() if kind != "identity"}
 _PIECEWISE_LINEAR = ("relu", "leaky_relu")
 
 torch.library.define(
@@ -63,14 +62,14 @@ def activation(x: torch.Tensor, kind: str, alpha: float | None = None) -> torch.
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     if x.dtype not in _backend.DTYPE_CODES:
         raise TypeError(f"x must be a floating point tensor, got {x.dtype}")
-    if alpha is not None and kind not in _ALPHA:
+    if alpha is not None and kind not in DEFAULT_ALPHA:
         raise ValueError(f"{kind} has no alpha, got {alpha}")
-    alpha = float(_ALPHA.get(kind, 0.0) if alpha is None else alpha)
+    alpha = float(DEFAULT_ALPHA.get(kind, 0.0) if alpha is None else alpha)
     if not math.isfinite(alpha) or (kind == "softplus" and alpha <= 0):
         wanted_range = "> 0" if kind == "softplus" else "finite"
         raise ValueError(f"alpha of {kind} must be {wanted_range}, got {alpha}")
     if _plain_is_faster(x, kind):
-        return _value(x, kind, alpha)
+        return value(x, kind, alpha)
     return torch.ops.fastinterp.activation(x, kind, alpha)
 
 
@@ -89,53 +88,21 @@ def _plain_is_faster(x: torch.Tensor, kind: str) -> bool:
     )
 
 
-def _value(x, kind, alpha):
-    if kind == "relu":
-        return x.relu()
-    if kind == "leaky_relu":
-        return torch.nn.functional.leaky_relu(x, alpha)
-    if kind == "softplus":
-        return torch.nn.functional.softplus(x, alpha)
-    return torch.nn.functional.silu(x) if kind == "silu" else torch.nn.functional.gelu(x)
-
-
-def _slope(x, kind, alpha):
-    if kind == "softplus":
-        return torch.sigmoid(alpha * x)
-    if kind == "silu":
-        s = torch.sigmoid(x)
-        return s * (1 + x * (1 - s))
-    return torch.special.ndtr(x) + x * _density(x)
-
-
-def _curvature(x, kind, alpha):
-    s = torch.sigmoid(alpha * x if kind == "softplus" else x)
-    if kind == "softplus":
-        return alpha * s * (1 - s)
-    if kind == "silu":
-        return s * (1 - s) * (2 + x * (1 - 2 * s))
-    return _density(x) * (2 - x * x)
-
-
-def _density(x):
-    return torch.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
-
-
 def reference(x, kind, alpha):
-    return _value(x.to(_backend.accumulation_dtype(x.dtype)), kind, alpha).to(x.dtype)
+    return value(x.to(_backend.accumulation_dtype(x.dtype)), kind, alpha).to(x.dtype)
 
 
 def reference_backward(grad, x, kind, alpha):
     acc = _backend.accumulation_dtype(x.dtype)
-    return (_slope(x.to(acc), kind, alpha) * grad).to(x.dtype)
+    return (slope(x.to(acc), kind, alpha) * grad).to(x.dtype)
 
 
 def reference_backward_backward(v, grad, x, kind, alpha, need_ggy, need_gx2):
     acc = _backend.accumulation_dtype(x.dtype)
     z, none = x.to(acc), x.new_empty(0)
     return (
-        (_slope(z, kind, alpha) * v).to(x.dtype) if need_ggy else none,
-        (_curvature(z, kind, alpha) * grad.to(acc) * v).to(x.dtype) if need_gx2 else none,
+        (slope(z, kind, alpha) * v).to(x.dtype) if need_ggy else none,
+        (curvature(z, kind, alpha) * grad.to(acc) * v).to(x.dtype) if need_gx2 else none,
     )
 
 
@@ -167,7 +134,7 @@ def _launch(name, x, kind, alpha, grad, v, out, second=None):
 def _forward(x, kind, alpha):
     # ATen's own relu and leaky_relu are as fast as memory allows.
     if kind in _PIECEWISE_LINEAR:
-        return _value(x, kind, alpha)
+        return value(x, kind, alpha)
     if _backend.choose("activation", x) == "reference":
         return reference(x, kind, alpha)
     x = _dense(x)

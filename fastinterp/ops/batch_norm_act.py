@@ -26,6 +26,7 @@ import torch
 from fastinterp import _native
 from fastinterp.ops import _backend
 from fastinterp.ops import _batch_norm_act_reference as reference
+from fastinterp.ops._activations import ACTIVATIONS, DEFAULT_ALPHA, SMOOTH
 from fastinterp.ops._autograd import (
     needs_grad,
     no_third_order,
@@ -33,12 +34,7 @@ from fastinterp.ops._autograd import (
     remember_edges,
     wanted,
 )
-from fastinterp.ops._batch_norm_act_reference import SMOOTH
 from fastinterp.ops._layout import dense, dense_as, is_channels_last
-
-# Codes of csrc/kernels.h, and what alpha is when it is not given.
-ACTIVATIONS = {"identity": 0, "relu": 1, "leaky_relu": 2, "softplus": 3, "silu": 4, "gelu": 5}
-DEFAULT_ALPHA = {"leaky_relu": 0.01, "softplus": 1.0}
 
 _KIND = "bool training, float eps, str activation, float alpha"
 _INPUTS = "Tensor x, Tensor? residual, Tensor? mask, Tensor? weight, Tensor? bias"
