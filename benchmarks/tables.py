@@ -1,7 +1,7 @@
 """Tables and a plot from a CSV: python -m benchmarks.tables [--csv FILE] [--plot FILE.png]
 
-Of several rows for one case and side the newest counts. README.md gets the ops and one line for
-each whole step, benchmarks/README.md every side of the steps beside its floor.
+Of several rows for one case and side the newest counts. README.md gets one line for each whole step
+and network, benchmarks/README.md every side of the steps beside its floor, and the single ops.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ HERE = Path(__file__).parent
 BEGIN, END = "<!-- table: begin -->\n", "<!-- table: end -->\n"
 OURS, PLAIN, EAGER = "fastinterp", "fastinterp, plain step", "eager"
 STEP = "step"
+NETWORKS = ("train_step", "fuse")  # benchmarks of whole networks beside eager
 
 Newest = dict[tuple[str, str, str], dict[str, str]]  # (benchmark, case, side) -> row
 
@@ -44,15 +45,15 @@ def _where(newest: Newest) -> str:
     return f"Medians, {'; '.join(seen)}.\n"
 
 
-def _pick(newest: Newest, steps: bool) -> Newest:
-    return {key: row for key, row in newest.items() if (key[0] == STEP) == steps}
+def _pick(newest: Newest, benchmarks: tuple[str, ...], without: bool = False) -> Newest:
+    return {key: row for key, row in newest.items() if (key[0] in benchmarks) != without}
 
 
-def ops(newest: Newest) -> str:
-    """Single ops and the paper's training step beside eager, one line for each side."""
+def beside_eager(newest: Newest) -> str:
+    """One line for each side of what was timed beside eager."""
     rows = []
-    for (benchmark, case, side), row in _pick(newest, steps=False).items():
-        if side != EAGER:
+    for (benchmark, case, side), row in newest.items():
+        if side != EAGER and row["ms_p50"]:
             eager = newest[benchmark, case, EAGER]["ms_p50"]
             rows.append([benchmark, case, side, row["ms_p50"], eager, f"{row['ratio']}x"])
     return _render(["benchmark", "case", "side", "ms", "eager ms", "speed-up"], rows)
@@ -61,7 +62,7 @@ def ops(newest: Newest) -> str:
 def _by_case(newest: Newest) -> dict[str, dict[str, dict[str, str]]]:
     """case -> side -> row, of the whole steps."""
     cases = {}
-    for (_, case, side), row in _pick(newest, steps=True).items():
+    for (_, case, side), row in _pick(newest, (STEP,)).items():
         cases.setdefault(case, {})[side] = row
     return cases
 
@@ -185,14 +186,14 @@ def main(argv=None) -> int:
     newest = read(arguments.csv)
     if not newest:
         parser.error(f"{arguments.csv} has no rows")
-    where = _where(newest)
-    short, long = f"{where}\n{ops(_pick(newest, steps=False))}", "No whole step is recorded yet.\n"
-    if _pick(newest, steps=True):
-        short, long = f"{where}\n{steps(newest)}\n{ops(newest)}", f"{where}\n{floors(newest)}"
-        if arguments.plot:
-            plot(newest, arguments.plot)
-    replace(HERE.parent / "README.md", short)
-    replace(HERE / "README.md", long)
+    where, whole = _where(newest), _pick(newest, (STEP,))
+    if whole and arguments.plot:
+        plot(newest, arguments.plot)
+    ops = beside_eager(_pick(newest, (STEP, *NETWORKS), without=True))
+    short = [where, steps(newest), beside_eager(_pick(newest, NETWORKS))]
+    long = [where, floors(newest) if whole else "No whole step is recorded yet.\n", ops]
+    replace(HERE.parent / "README.md", "\n".join(filter(None, short)))
+    replace(HERE / "README.md", "\n".join(filter(None, long)))
     return 0
 
 
