@@ -1,6 +1,7 @@
 """Fixtures shared by the tests. Real data and released weights lie beside the repository."""
 
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -12,7 +13,9 @@ if not torch.cuda.is_available():
 import numpy as np
 import pytest
 
-SHARED = Path(__file__).parents[1].parent / "shared"
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared"
+sys.path.append(str(ROOT))  # for benchmarks; last, so that fastinterp is the installed one
 
 
 @pytest.fixture(autouse=True)
