@@ -102,12 +102,14 @@ def recording(detach: bool, what: str) -> Iterator[None]:
         yield
 
 
+def constant(x: torch.Tensor) -> torch.Tensor:
+    """x without its graph, as something that may be part of another."""
+    return x.clone() if x.is_inference() else x.detach()
+
+
 def leaf(x: torch.Tensor, detach: bool) -> torch.Tensor:
     """x as something to differentiate to: itself where its own graph is to go on."""
-    if x.requires_grad and not detach:
-        return x
-    x = x.detach()
-    return (x.clone() if x.is_inference() else x).requires_grad_()
+    return x if x.requires_grad and not detach else constant(x).detach().requires_grad_()
 
 
 def run(model: nn.Module, z: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ class Classes(NamedTuple):
     """Classes to explain, the same number for each example."""
 
     index: torch.Tensor | None  # (N, k) int64; None for every class
-    single: bool  # asked for as one class per example, so maps have no class dimension of their own
+    single: bool  # one class per example, so maps have no class dimension of their own
 
     def of(self, values: torch.Tensor) -> torch.Tensor:
         """The columns of ``values`` (N, K) that belong to the classes, (N, k)."""
@@ -30,6 +30,8 @@ class Classes(NamedTuple):
 
     def check_below(self, classes: int) -> None:
         """Raises ValueError unless every class is one of ``classes``."""
+        if self.index is None and self.single and classes != 1:
+            raise ValueError(f"target must be given: the model has {classes} outputs")
         if self.index is None or self.index.numel() == 0:
             return
         low, high = (v.item() for v in torch.aminmax(self.index))
