@@ -19,8 +19,6 @@ _warned_of: weakref.WeakSet = weakref.WeakSet()
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside parallel wrappers and torch.compile."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     while True:
         if isinstance(model, _WRAPPERS):
             model = model.module
@@ -51,6 +49,8 @@ def borrowed(
             again.
         evaluation: run in evaluation mode rather than the model's own.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     compiled = _is_compiled(model)
     if compiled and differentiable and model not in _warned_of:
         _warned_of.add(model)
@@ -161,7 +161,7 @@ def gradients(scores: torch.Tensor, z: torch.Tensor, create_graph: bool) -> torc
     except RuntimeError as error:
         warnings.warn(
             "the gradients of several classes are computed one after the other, as the model's "
-            f"backward pass cannot be batched: {error}",
+            f"backward pass cannot be batched (that of fastinterp.fuse(model) may): {error}",
             RuntimeWarning,
             stacklevel=2,
         )
