@@ -113,5 +113,5 @@ def test_nobody_pays_twice():
     with Passes({m.weight.shape for m in convs}) as counter:
         value, logits = R.input_gradient_norm(net, x, labels, of="logit", return_logits=True)
         assert counter.count == dict(F=4, D=4, W=0)
-        (value + F.cross_entropy(logits, labels)).backward()
+        (value + F.cross_entropy(logits, labels)).backward(inputs=list(net.parameters()))
     assert counter.count == dict(F=2 * 4, D=2 * 4 - 1, W=2 * 4)
