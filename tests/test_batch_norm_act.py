@@ -183,7 +183,7 @@ def test_gradcheck(backend, activation, training, layout):
             residual=residual,
             training=training,
             activation=activation,
-            alpha=0.7,
+            alpha=0.7 if activation in ("leaky_relu", "softplus") else None,
         )
 
     assert gradcheck(function, leaves(tensors))
@@ -654,7 +654,8 @@ def test_float16_falls_back_to_plain_torch(monkeypatch):
         (dict(residual=torch.zeros(2, 3, 2, 2).double()), TypeError, "residual must be"),
         (dict(activation="tanh"), ValueError, "activation must be one of identity, relu"),
         (dict(activation="leaky_relu", alpha=-0.1), ValueError, "slope of leaky_relu"),
-        (dict(activation="softplus", alpha=0.0), ValueError, "beta of softplus"),
+        (dict(activation="softplus", alpha=0.0), ValueError, "alpha of softplus"),
+        (dict(activation="relu", alpha=0.1), ValueError, "relu has no alpha"),
         (dict(running_mean=None), ValueError, "running_mean and running_var are needed"),
         (dict(eps=-1e-5), ValueError, "eps must be"),
         (dict(eps=0.0, training=True), ValueError, "eps must be > 0 when training"),

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 # Codes of csrc/kernels.h, what alpha is when it is not given, and which have a second derivative.
 ACTIVATIONS = {"identity": 0, "relu": 1, "leaky_relu": 2, "softplus": 3, "silu": 4, "gelu": 5}
 DEFAULT_ALPHA = {"leaky_relu": 0.01, "softplus": 1.0}
 SMOOTH = ("softplus", "silu", "gelu")
+
+
+def checked_alpha(activation: str, alpha: float | None) -> float:
+    """``alpha``, or the default where it is None; 0 for activations that have none.
+
+    Raises:
+        ValueError: alpha is out of range, or given for an activation that has none.
+    """
+    if alpha is not None and activation not in DEFAULT_ALPHA:
+        raise ValueError(f"{activation} has no alpha, got {alpha}")
+    alpha = float(DEFAULT_ALPHA.get(activation, 0.0) if alpha is None else alpha)
+    if not math.isfinite(alpha) or (activation == "softplus" and alpha <= 0):
+        allowed = "> 0" if activation == "softplus" else "finite"
+        raise ValueError(f"alpha of {activation} must be {allowed}, got {alpha}")
+    return alpha
 
 
 def value(z, activation, alpha):

@@ -109,6 +109,23 @@ def choose(op: str, tensor: torch.Tensor) -> str:
     return backend
 
 
+def is_small(x: torch.Tensor, below: int) -> bool:
+    """Whether x is on a CPU with fewer than ``below`` elements and no backend was asked for.
+
+    There dispatching an op can cost more than it saves, and plain torch is the better choice.
+    """
+    return (
+        x.device.type == "cpu"
+        and x.numel() < below
+        and os.environ.get("FASTINTERP_BACKEND", "auto") == "auto"
+    )
+
+
+def addresses(*tensors: torch.Tensor | None) -> list[int]:
+    """What the core takes: 0 for None and for empty tensors that stand for what nobody wants."""
+    return [0 if t is None or not t.numel() else t.data_ptr() for t in tensors]
+
+
 def _warn(op: str, device: str, dtype: torch.dtype, reasons: dict[str, str]) -> None:
     because = "; ".join(f"{k}: {v}" for k, v in reasons.items()) or "no kernels for this device"
     warnings.warn(

@@ -36,3 +36,28 @@ def dense_as(t: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
         and x.is_contiguous(memory_format=torch.channels_last)
     )
     return t if same else torch.empty_like(x, dtype=t.dtype).copy_(t)
+
+
+def without_gaps(x: torch.Tensor) -> torch.Tensor:
+    """x, or a copy in the same order of dimensions if it is a view with gaps or repeats."""
+    out = torch.empty_like(x)
+    return x if out.stride() == x.stride() else out.copy_(x)
+
+
+def prefers_channels_last(x: torch.Tensor) -> bool:
+    """Whether results made from the 4-D x should be channels_last; x need not be dense."""
+    return 0 < x.stride(1) < x.stride(3)
+
+
+def memory_format(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def unfilled(shape, like: torch.Tensor, channels_last: bool, dtype=None) -> torch.Tensor:
+    """A 4-D tensor of ``like``'s dtype and device."""
+    return torch.empty(
+        shape,
+        dtype=dtype or like.dtype,
+        device=like.device,
+        memory_format=memory_format(channels_last),
+    )

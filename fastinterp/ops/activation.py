@@ -9,15 +9,13 @@ at the second order.
 
 from __future__ import annotations
 
-import math
-import os
-
 import torch
 
 from fastinterp import _native
 from fastinterp.ops import _backend
-from fastinterp.ops._activations import ACTIVATIONS, DEFAULT_ALPHA, curvature, slope, value
+from fastinterp.ops._activations import ACTIVATIONS, checked_alpha, curvature, slope, value
 from fastinterp.ops._autograd import no_third_order, register_autograd, remember_edges, wanted
+from fastinterp.ops._layout import dense_as, without_gaps
 
 KINDS = {kind: code for kind, code in ACTIVATIONS.items() if kind != "identity"}
 _PIECEWISE_LINEAR = ("relu", "leaky_relu")
@@ -62,12 +60,7 @@ def activation(x: torch.Tensor, kind: str, alpha: float | None = None) -> torch.
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     if x.dtype not in _backend.DTYPE_CODES:
         raise TypeError(f"x must be a floating point tensor, got {x.dtype}")
-    if alpha is not None and kind not in DEFAULT_ALPHA:
-        raise ValueError(f"{kind} has no alpha, got {alpha}")
-    alpha = float(DEFAULT_ALPHA.get(kind, 0.0) if alpha is None else alpha)
-    if not math.isfinite(alpha) or (kind == "softplus" and alpha <= 0):
-        wanted_range = "> 0" if kind == "softplus" else "finite"
-        raise ValueError(f"alpha of {kind} must be {wanted_range}, got {alpha}")
+    alpha = checked_alpha(kind, alpha)
     if _plain_is_faster(x, kind):
         return value(x, kind, alpha)
     return torch.ops.fastinterp.activation(x, kind, alpha)
@@ -80,12 +73,7 @@ def _plain_is_faster(x: torch.Tensor, kind: str) -> bool:
     at 4,096 elements, 1.0 at 65,536 and 2 at 524,288. Not so for relu and leaky_relu, where plain
     torch sends zeros of second order down the whole network.
     """
-    return (
-        kind not in _PIECEWISE_LINEAR
-        and x.device.type == "cpu"
-        and x.numel() < 1 << 15
-        and os.environ.get("FASTINTERP_BACKEND", "auto") == "auto"
-    )
+    return kind not in _PIECEWISE_LINEAR and _backend.is_small(x, 1 << 15)
 
 
 def reference(x, kind, alpha):
@@ -106,17 +94,6 @@ def reference_backward_backward(v, grad, x, kind, alpha, need_ggy, need_gx2):
     )
 
 
-def _dense(x: torch.Tensor) -> torch.Tensor:
-    """``x``, or a copy if it is a view with gaps or repeats."""
-    out = torch.empty_like(x)
-    return x if out.stride() == x.stride() else out.copy_(x)
-
-
-def _like(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """``other`` in the memory order of x, which is dense."""
-    return other if other.stride() == x.stride() else torch.empty_like(x).copy_(other)
-
-
 def _launch(name, x, kind, alpha, grad, v, out, second=None):
     if x.numel():
         getattr(_native.core, f"cpu_{name}")(
@@ -125,7 +102,7 @@ def _launch(name, x, kind, alpha, grad, v, out, second=None):
             alpha,
             x.numel(),
             x.data_ptr(),
-            *(0 if t is None or not t.numel() else t.data_ptr() for t in (grad, v, out, second)),
+            *_backend.addresses(grad, v, out, second),
             torch.get_num_threads(),
         )
 
@@ -137,7 +114,7 @@ def _forward(x, kind, alpha):
         return value(x, kind, alpha)
     if _backend.choose("activation", x) == "reference":
         return reference(x, kind, alpha)
-    x = _dense(x)
+    x = without_gaps(x)
     y = torch.empty_like(x)
     _launch("activation", x, kind, alpha, None, None, y)
     return y
@@ -151,9 +128,9 @@ def _backward_impl(grad, saved, kind, alpha):
         return torch.ops.aten.leaky_relu_backward(grad, saved, alpha, alpha >= 0)
     if _backend.choose("activation", saved) == "reference":
         return reference_backward(grad, saved, kind, alpha)
-    x = _dense(saved)
+    x = without_gaps(saved)
     gx = torch.empty_like(x)
-    _launch("activation_backward", x, kind, alpha, _like(x, grad), None, gx)
+    _launch("activation_backward", x, kind, alpha, dense_as(grad, x), None, gx)
     return gx
 
 
@@ -161,9 +138,11 @@ def _backward_impl(grad, saved, kind, alpha):
 def _backward_backward_impl(v, grad, x, kind, alpha, need_ggy, need_gx2):
     if _backend.choose("activation", x) == "reference":
         return reference_backward_backward(v, grad, x, kind, alpha, need_ggy, need_gx2)
-    x = _dense(x)
+    x = without_gaps(x)
     outputs = _fake_backward_backward(v, grad, x, kind, alpha, need_ggy, need_gx2)
-    _launch("activation_backward_backward", x, kind, alpha, _like(x, grad), _like(x, v), *outputs)
+    _launch(
+        "activation_backward_backward", x, kind, alpha, dense_as(grad, x), dense_as(v, x), *outputs
+    )
     return outputs
 
 

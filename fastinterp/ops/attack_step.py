@@ -17,6 +17,7 @@ import torch
 from fastinterp import _native
 from fastinterp.ops import _backend
 from fastinterp.ops._autograd import register_autograd
+from fastinterp.ops._layout import dense, dense_as
 
 NORMS = {"Linf": 0, "L2": 1}  # codes of csrc/kernels.h
 
@@ -162,32 +163,18 @@ def reference(x, grad, origin, eps, step_size, norm, clip_min, clip_max):
     return y.clamp(clip_min, clip_max).to(x.dtype)
 
 
-def _formats(x: torch.Tensor) -> tuple[bool, bool]:
-    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    return x.is_contiguous(), last
-
-
-def _dense_like(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """``other`` in the memory order of x, which is dense with the batch outermost."""
-    same = any(a and b for a, b in zip(_formats(x), _formats(other), strict=True))
-    return other if same else torch.empty_like(x).copy_(other)
-
-
 def _run(x, grad, origin, eps, step_size, norm, clip_min, clip_max, inplace):
     backend = _backend.choose("attack_step", x)
     if backend == "reference":
         result = reference(x, grad, origin, eps, step_size, norm, clip_min, clip_max)
         return x.copy_(result) if inplace else result
-    if not any(_formats(x)):
-        # A sliced or expanded view: compute on a dense copy.
-        result = _run(
-            x.contiguous(), grad, origin, eps, step_size, norm, clip_min, clip_max, inplace=False
-        )
+    if (copy := dense(x)) is not x:  # a sliced or expanded view
+        result = _run(copy, grad, origin, eps, step_size, norm, clip_min, clip_max, inplace=False)
         return (x if inplace else torch.empty_like(x)).copy_(result)
     out = x if inplace else torch.empty_like(x)
     if x.numel() == 0:
         return out
-    grad, origin = _dense_like(x, grad), _dense_like(x, origin)
+    grad, origin = dense_as(grad, x), dense_as(origin, x)
     if backend == "triton":
         from fastinterp.triton.attack_step import attack_step as launch
 

@@ -12,12 +12,8 @@ import torch
 
 from fastinterp.ops import _backend
 from fastinterp.ops._autograd import register_autograd, remember_edges
-from fastinterp.ops.max_pool2d import (
-    check_window,
-    is_channels_last,
-    memory_format,
-    pooled_size,
-)
+from fastinterp.ops._layout import memory_format, prefers_channels_last, unfilled
+from fastinterp.ops._window import check_map, check_window, pooled_size
 
 _WINDOW = (
     "int[2] kernel_size, int[2] stride, int[2] padding, bool ceil_mode, bool count_include_pad, "
@@ -63,8 +59,8 @@ def avg_pool2d(
         ValueError: x is not 4-d, an argument is out of its range, or the output would be empty.
         TypeError: x is not floating point.
     """
-    _check(x)
-    kernel_size, stride, padding = check_window(x, kernel_size, stride, padding)
+    check_map(x)
+    kernel_size, stride, padding = check_window(kernel_size, stride, padding)
     if divisor_override == 0:
         raise ValueError("divisor_override must not be 0")
     if min(pooled_size(x.shape[2:], kernel_size, stride, padding, (1, 1), ceil_mode)) < 1:
@@ -91,7 +87,7 @@ def adaptive_avg_pool2d(x: torch.Tensor, output_size: int | tuple[int, int]) -> 
         ValueError: another output size, or x is not 4-d or has an empty map.
         TypeError: x is not floating point.
     """
-    _check(x)
+    check_map(x)
     if output_size not in (1, (1, 1), [1, 1]):
         raise ValueError(
             f"output_size must be 1, got {output_size}; use "
@@ -101,13 +97,6 @@ def adaptive_avg_pool2d(x: torch.Tensor, output_size: int | tuple[int, int]) -> 
     if min(size) < 1:
         raise ValueError(f"x has no pixels to average: {tuple(x.shape)}")
     return torch.ops.fastinterp.avg_pool2d(x, size, size, [0, 0], False, True, None)
-
-
-def _check(x: torch.Tensor) -> None:
-    if x.dim() != 4:
-        raise ValueError(f"x must be (N, C, H, W), got {tuple(x.shape)}")
-    if x.dtype not in _backend.DTYPE_CODES:
-        raise TypeError(f"x must be a floating point tensor, got {x.dtype}")
 
 
 def _is_mean(size, kernel_size, padding, divisor_override) -> bool:
@@ -122,7 +111,7 @@ def _forward(x, *window):
         return out
     if _is_mean(x.shape[2:], window[0], window[2], window[5]):
         return torch.mean(x, (2, 3), keepdim=True, out=out)
-    x = x.contiguous(memory_format=memory_format(is_channels_last(x)))
+    x = x.contiguous(memory_format=memory_format(prefers_channels_last(x)))
     return torch.ops.aten.avg_pool2d.out(x, *window, out=out)
 
 
@@ -151,21 +140,19 @@ def _backward_impl(grad, height, width, *window_and_layout):
 @torch.library.register_fake("fastinterp::avg_pool2d")
 def _fake(x, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override):
     size = pooled_size(x.shape[2:], kernel_size, stride, padding, (1, 1), ceil_mode)
-    shape, format_ = (*x.shape[:2], *size), memory_format(is_channels_last(x))
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=format_)
+    return unfilled((*x.shape[:2], *size), x, prefers_channels_last(x))
 
 
 @torch.library.register_fake("fastinterp::avg_pool2d_backward")
 def _fake_backward(grad, height, width, *window_and_layout):
-    shape, format_ = (*grad.shape[:2], height, width), memory_format(window_and_layout[-1])
-    return torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=format_)
+    return unfilled((*grad.shape[:2], height, width), grad, window_and_layout[-1])
 
 
 def _setup_context(ctx, inputs, output):
     remember_edges(ctx, inputs)
     x, *ctx.window = inputs
     ctx.height, ctx.width = x.shape[2:]
-    ctx.channels_last = is_channels_last(x)
+    ctx.channels_last = prefers_channels_last(x)
 
 
 def _backward(ctx, grad):

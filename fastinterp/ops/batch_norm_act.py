@@ -26,7 +26,7 @@ import torch
 from fastinterp import _native
 from fastinterp.ops import _backend
 from fastinterp.ops import _batch_norm_act_reference as reference
-from fastinterp.ops._activations import ACTIVATIONS, DEFAULT_ALPHA, SMOOTH
+from fastinterp.ops._activations import ACTIVATIONS, SMOOTH, checked_alpha
 from fastinterp.ops._autograd import (
     needs_grad,
     no_third_order,
@@ -123,12 +123,9 @@ def batch_norm_act(
         raise TypeError(f"residual must be {x.dtype} like x, got {residual.dtype}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    if alpha is None:
-        alpha = DEFAULT_ALPHA.get(activation, 0.0)
-    if activation == "leaky_relu" and alpha < 0:
+    alpha = checked_alpha(activation, alpha)
+    if activation == "leaky_relu" and alpha < 0:  # the mask is the sign of phi
         raise ValueError(f"alpha, the slope of leaky_relu, must be >= 0, got {alpha}")
-    if activation == "softplus" and not alpha > 0:
-        raise ValueError(f"alpha, the beta of softplus, must be > 0, got {alpha}")
     if not eps >= 0 or (training and eps == 0):
         raise ValueError(f"eps must be > 0 when training and >= 0 otherwise, got {eps}")
     count = x.numel() // channels if channels else 0
@@ -216,11 +213,6 @@ def _header(x, kind):
     )
 
 
-def _addresses(*tensors):
-    """0 for None and for the empty tensors that stand for results nobody wants."""
-    return [0 if t is None or not t.numel() else t.data_ptr() for t in tensors]
-
-
 def _contiguous(*vectors):
     return [None if t is None else t.contiguous() for t in vectors]
 
@@ -258,8 +250,8 @@ def _forward(x, residual, weight, bias, running_mean, running_var, *kind):
     weight, bias, running_mean, running_var = _contiguous(weight, bias, running_mean, running_var)
     _native.core.cpu_batch_norm_act_forward(
         _header(x, kind),
-        *_addresses(x, residual, weight, bias, mean, rstd, mask),
-        *_addresses(running_mean, running_var, y, unbiased_var),
+        *_backend.addresses(x, residual, weight, bias, mean, rstd, mask),
+        *_backend.addresses(running_mean, running_var, y, unbiased_var),
     )
     return results
 
@@ -280,8 +272,8 @@ def _backward_impl(gy, x, residual, mask, weight, bias, mean, rstd, proxy, adden
     weight, bias = _contiguous(weight, bias)
     _native.core.cpu_batch_norm_act_backward(
         _header(x, kind),
-        *_addresses(x, residual, weight, bias, mean, rstd, mask, gy, addend),
-        *_addresses(*results),
+        *_backend.addresses(x, residual, weight, bias, mean, rstd, mask, gy, addend),
+        *_backend.addresses(*results),
     )
     return results
 
@@ -306,8 +298,10 @@ def _backward_backward_impl(
     a_weight, a_bias, sum_gx, sum_g, weight, bias = vectors
     _native.core.cpu_batch_norm_act_backward_backward(
         _header(x, kind),
-        *_addresses(x, residual, weight, bias, mean, rstd, mask, gy, v, u, a_weight, a_bias),
-        *_addresses(sum_gx, sum_g, *results),
+        *_backend.addresses(
+            x, residual, weight, bias, mean, rstd, mask, gy, v, u, a_weight, a_bias
+        ),
+        *_backend.addresses(sum_gx, sum_g, *results),
     )
     return results
 

@@ -13,8 +13,6 @@ features, the head and the class weights. With e = dL/dd and S = e sign(M) (l1) 
 
 from __future__ import annotations
 
-import os
-
 import torch
 
 from fastinterp import _native
@@ -103,12 +101,7 @@ def _plain_is_faster(maps: torch.Tensor, norm: str) -> bool:
     Measured on 2 cores with AVX-512: plain torch takes 0.65 of the op's time at 25,000 values,
     0.74 at 113,000, and 2.0 at 820,000.
     """
-    return (
-        norm == "l1"
-        and maps.device.type == "cpu"
-        and maps.numel() < 1 << 18
-        and os.environ.get("FASTINTERP_BACKEND", "auto") == "auto"
-    )
+    return norm == "l1" and _backend.is_small(maps, 1 << 18)
 
 
 def _class_maps(features, features_adv, head, acc):
@@ -163,10 +156,6 @@ def _strides(t: torch.Tensor) -> tuple[int, int, int]:
     return example, channel, column if t.shape[3] > 1 else row
 
 
-def _address(t: torch.Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
-
-
 def _cpu_common(features, features_adv, head, classes, norm):
     n, c, h, w = features.shape
     return (
@@ -180,7 +169,7 @@ def _cpu_common(features, features_adv, head, classes, norm):
         _strides(features),
         features_adv.data_ptr(),
         _strides(features_adv),
-        _address(head),
+        *_backend.addresses(head),
         torch.get_num_threads(),
     )
 

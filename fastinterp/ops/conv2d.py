@@ -22,6 +22,7 @@ from __future__ import annotations
 import torch
 
 from fastinterp.ops._autograd import needs_grad, register_autograd, remember_edges, wanted
+from fastinterp.ops._layout import memory_format, prefers_channels_last, unfilled
 
 _OPTIONS = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups"
 torch.library.define(
@@ -101,24 +102,15 @@ def _named_padding(x, weight, padding, stride, dilation):
     return x, tuple(t // 2 for t in total)
 
 
-def _is_channels_last(t: torch.Tensor) -> bool:
-    return t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
-
-
-def _unfilled(like: torch.Tensor, size, channels_last: bool) -> torch.Tensor:
-    """Memory never touched: convolution_backward reads shape and layout off an argument."""
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=layout)
-
-
 def _forward(x, weight, bias, stride, padding, dilation, groups):
     return _convolution(x, weight, bias, stride, padding, dilation, False, (0, 0), groups)
 
 
 def _input_grad(gy, weight, input_size, stride, padding, dilation, groups):
     # In the layout in which torch's convolution would have answered.
-    last = _is_channels_last(gy) or _is_channels_last(weight)
-    x = _unfilled(gy, input_size, last)
+    last = prefers_channels_last(gy) or prefers_channels_last(weight)
+    # Memory never touched: convolution_backward reads shape and layout off this argument.
+    x = unfilled(input_size, gy, last)
     options = stride, padding, dilation, False, (0, 0), groups
     return _convolution_backward(gy, x, weight, None, *options, (True, False, False))[0]
 
@@ -126,7 +118,7 @@ def _input_grad(gy, weight, input_size, stride, padding, dilation, groups):
 def _weight_grad(gy, x, weight_size, stride, padding, dilation, groups):
     if _product_is_faster(gy, x, weight_size, groups):
         return _weight_grad_product(gy, x, weight_size, stride, padding, dilation)
-    weight = _unfilled(x, weight_size, _is_channels_last(x))
+    weight = unfilled(weight_size, x, prefers_channels_last(x))
     options = stride, padding, dilation, False, (0, 0), groups
     return _convolution_backward(gy, x, weight, None, *options, (False, True, False))[1]
 
@@ -143,7 +135,7 @@ def _product_is_faster(gy, x, weight_size, groups) -> bool:
     out_channels, _, height, width = weight_size
     pixels = gy.shape[0] * gy.shape[2] * gy.shape[3]
     if gy.dtype == torch.bfloat16:
-        pointwise = height * width == 1 and _is_channels_last(x)
+        pointwise = height * width == 1 and prefers_channels_last(x)
         return pointwise or pixels <= 8 * out_channels
     return gy.dtype == torch.float32 and pixels <= out_channels
 
@@ -152,7 +144,7 @@ def _weight_grad_product(gy, x, weight_size, stride, padding, dilation):
     """gw[o, (i, j, c)] = sum_m gy[m, o] window[m, (i, j, c)], m over the pixels of the batch."""
     out_channels, channels, kh, kw = weight_size
     n, _, height, width = gy.shape
-    layout = torch.channels_last if _is_channels_last(x) else torch.contiguous_format
+    layout = memory_format(prefers_channels_last(x))
     x = x.permute(0, 2, 3, 1)
     if any(padding):
         x = torch.nn.functional.pad(x, (0, 0, padding[1], padding[1], padding[0], padding[0]))

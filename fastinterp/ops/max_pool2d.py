@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from fastinterp import _native
 from fastinterp.ops import _backend
 from fastinterp.ops._autograd import register_autograd, remember_edges
+from fastinterp.ops._layout import memory_format, prefers_channels_last, unfilled
+from fastinterp.ops._window import check_map, check_window, pair, pooled_size
 
 NO_OFFSET = 255  # of csrc/kernels.h: a window that lies in the padding altogether
 
@@ -66,11 +68,8 @@ def max_pool2d(
         ValueError: x is not 4-d, an argument is out of its range, or the output would be empty.
         TypeError: x is not floating point.
     """
-    if x.dim() != 4:
-        raise ValueError(f"x must be (N, C, H, W), got {tuple(x.shape)}")
-    if x.dtype not in _backend.DTYPE_CODES:
-        raise TypeError(f"x must be a floating point tensor, got {x.dtype}")
-    kernel_size, stride, padding = check_window(x, kernel_size, stride, padding)
+    check_map(x)
+    kernel_size, stride, padding = check_window(kernel_size, stride, padding)
     dilation = pair("dilation", dilation, 1)
     if kernel_size[0] * kernel_size[1] > NO_OFFSET:
         raise ValueError(
@@ -84,59 +83,6 @@ def max_pool2d(
             f"{tuple(x.shape[2:])} with padding {padding}"
         )
     return torch.ops.fastinterp.max_pool2d(x, *window, ceil_mode)[0]
-
-
-def pair(name: str, value: int | tuple[int, int], low: int) -> list[int]:
-    """``value`` as two integers >= low."""
-    both = [value, value] if isinstance(value, int) else list(value)
-    if len(both) == 1:
-        both *= 2
-    if len(both) != 2 or any(v < low for v in both):
-        raise ValueError(f"{name} must be an integer >= {low} or a pair of them, got {value}")
-    return both
-
-
-def check_window(x, kernel_size, stride, padding) -> tuple[list[int], list[int], list[int]]:
-    """Kernel size, stride and padding as pairs."""
-    kernel_size = pair("kernel_size", kernel_size, 1)
-    stride = kernel_size if stride is None else pair("stride", stride, 1)
-    padding = pair("padding", padding, 0)
-    if any(2 * p > k for p, k in zip(padding, kernel_size, strict=True)):
-        raise ValueError(
-            f"padding must be at most half of kernel_size {kernel_size}, got {padding}"
-        )
-    return kernel_size, stride, padding
-
-
-def pooled_size(size, kernel_size, stride, padding, dilation, ceil_mode) -> list[int]:
-    """Rows and columns of the output."""
-    result = []
-    for n, k, s, p, d in zip(size, kernel_size, stride, padding, dilation, strict=True):
-        room = n + 2 * p - d * (k - 1) - 1
-        count = room // s + 1
-        # One more window if it begins inside the map or the padding before it.
-        if ceil_mode and room % s != 0 and count * s < n + p:
-            count += 1
-        result.append(count)
-    return result
-
-
-def is_channels_last(x: torch.Tensor) -> bool:
-    """Whether results made from x should be channels_last; x need not be dense."""
-    return 0 < x.stride(1) < x.stride(3)
-
-
-def memory_format(channels_last: bool) -> torch.memory_format:
-    return torch.channels_last if channels_last else torch.contiguous_format
-
-
-def _empty(shape, like, channels_last, dtype=None):
-    return torch.empty(
-        shape,
-        dtype=dtype or like.dtype,
-        device=like.device,
-        memory_format=memory_format(channels_last),
-    )
 
 
 def _starts(size, axis, pooled, kernel_size, stride, padding, dilation, device):
@@ -207,7 +153,7 @@ def _launch(name, map_, pooled, offsets, channels_last, window):
 @torch.library.impl("fastinterp::max_pool2d", "CompositeExplicitAutograd")
 def _forward(x, kernel_size, stride, padding, dilation, ceil_mode):
     window = (kernel_size, stride, padding, dilation)
-    last = is_channels_last(x)
+    last = prefers_channels_last(x)
     y, offsets = _fake(x, *window, ceil_mode)
     if _backend.choose("max_pool2d", x) == "reference":
         for out, value in zip((y, offsets), reference(x, *window, ceil_mode), strict=True):
@@ -243,25 +189,25 @@ def _backward_backward_impl(v, offsets, *window_and_layout):
 @torch.library.register_fake("fastinterp::max_pool2d")
 def _fake(x, kernel_size, stride, padding, dilation, ceil_mode):
     size = pooled_size(x.shape[2:], kernel_size, stride, padding, dilation, ceil_mode)
-    shape, last = (*x.shape[:2], *size), is_channels_last(x)
-    return _empty(shape, x, last), _empty(shape, x, last, torch.uint8)
+    shape, last = (*x.shape[:2], *size), prefers_channels_last(x)
+    return unfilled(shape, x, last), unfilled(shape, x, last, torch.uint8)
 
 
 @torch.library.register_fake("fastinterp::max_pool2d_backward")
 def _fake_backward(grad, offsets, height, width, *window_and_layout):
-    return _empty((*grad.shape[:2], height, width), grad, window_and_layout[-1])
+    return unfilled((*grad.shape[:2], height, width), grad, window_and_layout[-1])
 
 
 @torch.library.register_fake("fastinterp::max_pool2d_backward_backward")
 def _fake_backward_backward(v, offsets, *window_and_layout):
-    return _empty(offsets.shape, v, window_and_layout[-1])
+    return unfilled(offsets.shape, v, window_and_layout[-1])
 
 
 def _setup_context(ctx, inputs, output):
     remember_edges(ctx, inputs)
     x, *ctx.window, _ = inputs
     ctx.height, ctx.width = x.shape[2:]
-    ctx.channels_last = is_channels_last(x)
+    ctx.channels_last = prefers_channels_last(x)
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(output[1])
 
