@@ -183,7 +183,6 @@ class Case(NamedTuple):
     function: object
     options: dict
     plain: object
-    mode: str = "own"  # of the passes that make the value
 
     def __call__(self, net, x, y, **more):
         options = {k: v(x) if v in (neighbour, baselines) else v for k, v in self.options.items()}
@@ -211,7 +210,6 @@ CASES = {
         R.integrated_gradients_alignment,
         dict(x_adv=neighbour, steps=8),
         plain_ig_alignment,
-        "eval",
     ),
     "cure": Case(R.cure, dict(h=0.8), plain_cure),
     "llr": Case(

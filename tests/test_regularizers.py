@@ -212,19 +212,6 @@ def test_examples_without_a_gradient(name):
     assert all(torch.isfinite(g).all() for g in gradients(some, net) + gradients(none, net))
 
 
-def test_one_step_of_training_with_each():
-    """README's loop: the value goes down along its gradient."""
-    for name, case in CASES.items():
-        net, (x, y) = make_net().eval(), batch()
-        before = case(net, x, y)
-        with torch.no_grad():
-            found = gradients(before, net)
-            length = sum(g.square().sum() for g in found) ** 0.5
-            for p, g in zip(net.parameters(), found, strict=True):
-                p.sub_(g, alpha=1e-4 / length.item())
-        assert case(net, x, y) < before, name
-
-
 @every_case
 def test_errors_name_the_remedy(name):
     net, (x, y) = make_net(), batch()
