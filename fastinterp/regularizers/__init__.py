@@ -18,6 +18,7 @@ RuntimeError under torch.no_grad() or for a model that cannot be differentiated,
 ValueError for images, labels or options out of range.
 """
 
+from fastinterp.regularizers._explained import MAPS
 from fastinterp.regularizers.alignment import (
     grad_align,
     integrated_gradients_alignment,
@@ -29,7 +30,7 @@ from fastinterp.regularizers.gradient import (
     jacobian_norm,
     right_for_right_reasons,
 )
-from fastinterp.regularizers.interpretation import MAPS, Aux, InterpretationRegularizer
+from fastinterp.regularizers.interpretation import Aux, InterpretationRegularizer
 from fastinterp.regularizers.linearity import cure, local_linearity
 from fastinterp.regularizers.priors import (
     expected_gradients_prior,
