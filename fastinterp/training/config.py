@@ -18,7 +18,7 @@ def _option(default, help):
 
 @dataclass
 class TrainConfig:
-    dataset: str = _option("digits", "digits, mnist or cifar10")
+    dataset: str = _option("digits", ", ".join(DATASETS))
     model: str = _option("small", "small, pool or wresnet")
     method: str = _option("int", "training objective: " + ", ".join(METHODS))
     compare: list[str] = _option(["normal"], "methods also trained, for the table at the end")
@@ -141,8 +141,25 @@ _PAPER = {
         gamma=0.01,
         eval_eps=[2 / 255, 4 / 255, 8 / 255],
     ),
+    "restricted-imagenet": dict(
+        compare=[],
+        epochs=35,
+        batch_size=64,
+        lr=[1e-3, 1e-4, 1e-5],
+        lr_steps=[8000, 16_000],
+        eps=0.003,
+        eps_warmup=[5000, 10_000],
+        attack_steps=7,
+        step_size=0.1,
+        gamma=0.01,
+        eval_eps=[0.003],
+    ),
 }
-_NETWORKS = {"mnist": ("small", "pool"), "cifar10": ("small", "wresnet")}
+_NETWORKS = {
+    "mnist": ("small", "pool"),
+    "cifar10": ("small", "wresnet"),
+    "restricted-imagenet": ("wresnet",),
+}
 # The released timing runs: one epoch at lr 1e-4 and the full, constant eps.
 _ONE_EPOCH = dict(epochs=1, eps_warmup=[], lr=[1e-4], lr_steps=[])
 
