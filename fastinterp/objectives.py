@@ -25,11 +25,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fastinterp import maps
 from fastinterp._state import attack_parameters, cloned_buffers, eval_mode, substituted
 from fastinterp.attacks import attacked, maximise, pgd
 from fastinterp.fusion import fuse
 from fastinterp.maps import CamNetwork, find_cam_network
+from fastinterp.maps._target import parse
+from fastinterp.maps.integrated import along_path
 from fastinterp.regularizers import InterpretationRegularizer
 
 IG_WEIGHTINGS = ("sum", "batch-mean")
@@ -180,12 +181,11 @@ class IgNorm(Objective):
 
     def attacked_loss(self, x, y, eps, start):
         model = self.model
+        classes = parse(y, x)
         weight = self.ig_weight / (len(x) if self.ig_weighting == "batch-mean" else 1)
 
         def penalty(z):
-            ig = maps.integrated_gradients(
-                model, z, y, baseline=x, steps=self.ig_steps, method="right", of="loss"
-            )
+            ig = along_path("ig-norm", model, z, classes, x, self.ig_steps, "right", of="loss")
             return weight * ig.abs().flatten(1).sum(1)
 
         def raised(z):

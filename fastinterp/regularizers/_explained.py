@@ -17,6 +17,10 @@ from fastinterp import maps
 from fastinterp._state import attack_parameters, depends_on_mode, eval_mode, substituted
 from fastinterp.discrepancy import class_maps, class_weights, discrepancy, map_distance
 from fastinterp.maps import CamNetwork
+from fastinterp.maps._target import parse
+from fastinterp.maps.grad_cam import explain_layer, mean_gradient, plus_plus
+from fastinterp.maps.gradient import differentiate
+from fastinterp.maps.integrated import along_path
 
 MAPS = (
     *("cam", "grad_cam", "grad_cam_plus_plus"),
@@ -25,14 +29,21 @@ MAPS = (
 
 
 def named_map(name: str, options: dict):
-    """The function (model, x, target) -> (maps, logits) of a name of MAPS but "cam"."""
-    if name == "integrated_gradients":  # its own passes are of the path
+    """The function (model, x, target) -> (maps, logits) of a name of MAPS but "cam", for any x."""
 
-        def explain(model, x, target):
-            return maps.integrated_gradients(model, x, target, **options), model(x)
+    def explain(model, x, target):
+        classes = parse(target, x)
+        if name in ("grad_cam", "grad_cam_plus_plus"):
+            weights = mean_gradient if name == "grad_cam" else plus_plus
+            return explain_layer(name, weights, model, x, classes, return_logits=True, **options)
+        if name == "integrated_gradients":  # the logits of x are none of its points'
+            return along_path(name, model, x, classes, **options), model(x)
+        times_input = name == "gradient_x_input"
+        return differentiate(
+            name, model, x, classes, return_logits=True, times_input=times_input, **options
+        )
 
-        return explain
-    return partial(getattr(maps, name), return_logits=True, **options)
+    return explain
 
 
 def _surrogate(model, beta):

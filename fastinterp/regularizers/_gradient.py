@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastinterp._checks import check_images, check_labels
-from fastinterp._state import cloned_buffers, substituted
+from fastinterp.maps._call import NoGradientError, borrowed, run
+from fastinterp.maps._target import at_least_float
 
-OF = ("loss", "logit", "log_prob")
 NORMS = ("l1", "l2", "squared")
 _PIXELS = (1, 2, 3)
 
@@ -30,11 +28,6 @@ def positive(name: str, value: float) -> float:
     if not 0 < value < float("inf"):
         raise ValueError(f"{name} must be a finite number > 0, got {value}")
     return value
-
-
-def wide(tensor: torch.Tensor) -> torch.Tensor:
-    """``tensor`` in float32 at least, where sums over pixels and classes belong."""
-    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
 class Borrowed:
@@ -65,31 +58,23 @@ class Borrowed:
         check_images(x, bounds=bounds)
         if x.is_inference():
             raise RuntimeError("x was made under torch.inference_mode(); pass x.clone()")
-        self._model, self._examples, self._y, self._y_checked = model, len(x), y, False
+        self._given, self._x, self._y, self._y_checked = model, x, y, False
 
     def __enter__(self) -> Borrowed:
-        with ExitStack() as stack:
-            stack.enter_context(substituted(self._model, cloned_buffers(self._model)))
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            self._return = stack.pop_all()
+        self._loan = borrowed(self._given, self._x, differentiable=True, redraw=False)
+        self._model = self._loan.__enter__()
         return self
 
     def __exit__(self, *error) -> None:
-        self._return.__exit__(*error)
+        self._loan.__exit__(*error)
 
     def logits(self, z: torch.Tensor) -> torch.Tensor:
         """Logits of z, (N, K), float32 at least."""
-        logits = self._model(z)
-        if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or len(logits) != len(z):
-            seen = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits)
-            raise ValueError(
-                f"the model must give logits ({len(z)}, K), got {seen}; wrap it in a module that "
-                "returns them alone"
-            )
+        logits = run(self._model, z)
         if self._y is not None and not self._y_checked:
-            check_labels(self._y, self._examples, logits.shape[1])
+            check_labels(self._y, len(self._x), logits.shape[1])
             self._y_checked = True
-        return wide(logits)
+        return at_least_float(logits)
 
     def gradient(
         self,
@@ -145,11 +130,11 @@ class Borrowed:
                 allow_unused=True,
             )
         if grad is None:
-            raise RuntimeError(
+            raise NoGradientError(
                 f"the output of {type(self._model).__name__} has no graph back to x: it detaches, "
                 "rounds or runs under no_grad on the way; remove that, or give the part behind it"
             )
-        return wide(grad)
+        return at_least_float(grad)
 
 
 def norms(gradient: torch.Tensor, norm: str) -> torch.Tensor:

@@ -8,14 +8,8 @@ from torch import nn
 from fastinterp import maps
 from fastinterp._checks import check_images
 from fastinterp.attacks import random_start
-from fastinterp.regularizers._gradient import (
-    OF,
-    Borrowed,
-    cosine_distance,
-    norms,
-    one_of,
-    positive,
-)
+from fastinterp.maps._target import OF
+from fastinterp.regularizers._gradient import Borrowed, cosine_distance, norms, one_of, positive
 from fastinterp.regularizers.gradient import Value
 
 

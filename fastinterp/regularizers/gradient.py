@@ -8,15 +8,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastinterp.regularizers._gradient import (
-    NORMS,
-    OF,
-    Borrowed,
-    norms,
-    one_of,
-    positive,
-    unit,
-)
+from fastinterp.maps._target import OF
+from fastinterp.regularizers._gradient import NORMS, Borrowed, norms, one_of, positive, unit
 
 Value = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
