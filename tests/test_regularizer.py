@@ -4,9 +4,9 @@ from test_maps import BatchNormNet
 from torch import nn
 from torch.nn import functional as F
 
-from fastinterp import InterpretationRegularizer
+from fastinterp import InterpretationRegularizer, maps
 from fastinterp.attacks import maximise, pgd, random_start
-from fastinterp.discrepancy import CLASSES, NORMS
+from fastinterp.discrepancy import CLASSES, NORMS, class_weights, map_distance
 from fastinterp.maps import CamNetwork
 
 ATTACK = dict(eps=0.1, step_size=0.02, steps=3)
@@ -317,3 +317,109 @@ def test_random_starts():
     assert ball.max() <= 2.0001 and ball.median() > 1.9
     z = maximise(lambda z: z.sum((1, 2, 3)), x[:2], eps=0.3, step_size=0.1, steps=1, start=box[:2])
     torch.testing.assert_close(z, (box[:2].clamp(0, 1) + 0.1).clamp(-0.3, 0.3))
+
+
+GRADIENT_MAPS = ["grad_cam", "grad_cam_plus_plus", "input_gradient", "gradient_x_input"]
+
+
+class Smooth(nn.Module):
+    """Small and smooth: its input gradients depend on x."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(1, 6, 3, 2), nn.Softplus(3), nn.Conv2d(6, 8, 3))
+        self.pool, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.fc(self.pool(F.softplus(self.body(x), 3)).flatten(1))
+
+
+@pytest.fixture
+def smooth():
+    generator = torch.Generator().manual_seed(3)
+    x = torch.rand(4, 1, 12, 12, generator=generator, dtype=torch.float64)
+    return Smooth().double(), x, torch.tensor([0, 4, 2, 2])
+
+
+def plain_maps(net, z, name):
+    """Maps of every class, one backward pass each, as a graph."""
+    z = z if z.requires_grad else z.detach().requires_grad_()
+    if name == "integrated_gradients":
+        points = [z * (k / 4) for k in range(1, 5)]
+        total = sum(plain_maps(net, p, "input_gradient") for p in points)
+        return z[:, None] * total / 4
+    features = F.softplus(net.body(z), 3)
+    logits = net.fc(net.pool(features).flatten(1))
+    of = features if name.startswith("grad_cam") else z
+    grads = [torch.autograd.grad(logits[:, c].sum(), of, create_graph=True)[0] for c in range(5)]
+    grads = torch.stack(grads, 1)
+    if name == "grad_cam":
+        return (grads.mean((3, 4), keepdim=True) * features[:, None]).sum(2)
+    return z[:, None] * grads if name == "gradient_x_input" else grads
+
+
+@pytest.mark.parametrize("classes", CLASSES)
+@pytest.mark.parametrize(
+    "name", ["grad_cam", "input_gradient", "gradient_x_input", "integrated_gradients"]
+)
+def test_other_maps(smooth, name, classes):
+    """Value and parameter gradients at the x' that was found, against double backprop."""
+    net, x, y = smooth
+    options = dict(steps=4) if name == "integrated_gradients" else None
+    reg = InterpretationRegularizer(name, classes=classes, map_options=options, **ATTACK)
+    value, aux = reg(net, x, y, return_aux=True)
+    a, b = plain_maps(net, x, name), plain_maps(net, aux.x_adv, name)
+    logits = net(aux.x_adv)
+    expected = (class_weights(classes, logits, y) * map_distance(a, b)).sum(1).mean()
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(aux.logits, net(x))
+    parameters = list(net.parameters())
+    got = torch.autograd.grad(value, parameters, allow_unused=True)
+    wanted = torch.autograd.grad(expected, parameters, allow_unused=True)
+    for g, w in zip(got, wanted, strict=True):
+        if w is None:
+            assert g is None or not g.any()
+        else:
+            torch.testing.assert_close(g, w)
+
+
+@pytest.mark.parametrize("name", [*GRADIENT_MAPS, "integrated_gradients"])
+def test_the_maximisation_raises_other_discrepancies(smooth, name):
+    net, x, y = smooth
+    start = random_start(x, 0.1)
+    options = dict(steps=4) if name == "integrated_gradients" else None
+    values = [
+        InterpretationRegularizer(
+            name, classes="one", eps=0.1, step_size=0.02, steps=steps, map_options=options
+        )(net, x, y, start=start).item()
+        for steps in (1, 8)
+    ]
+    assert values[1] > 1.1 * values[0]
+
+
+def test_a_surrogate_shows_the_way_in_a_relu_network(small_net, batch):
+    """The input gradient of a logit of a ReLU net has no gradient of its own."""
+    x, y = batch
+    how = dict(classes="one", eps=0.1, step_size=0.03, steps=5, norm="Linf")
+    start = random_start(x, 0.1)
+    values = {
+        beta: InterpretationRegularizer("input_gradient", softplus_beta=beta, **how)(
+            small_net, x, y, start=start, return_aux=True
+        )
+        for beta in (None, 10.0)
+    }
+    assert values[10.0][0] > values[None][0]
+    still = (x + start).clamp(0, 1)
+    torch.testing.assert_close(values[None][1].x_adv, still, atol=1e-6, rtol=0)
+
+
+def test_any_function_is_a_map(smooth):
+    net, x, y = smooth
+
+    def squared(model, z, target, power=1):
+        value, logits = maps.input_gradient(model, z, target, return_logits=True)
+        return value.square() ** power, logits
+
+    reg = InterpretationRegularizer(squared, map_options=dict(power=2), classes="two", **ATTACK)
+    value = reg(net, x, y)
+    assert value > 0 and value.requires_grad

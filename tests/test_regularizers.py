@@ -236,7 +236,12 @@ def test_errors_name_the_remedy(name):
     ("function", "options", "error", "match"),
     [
         (R.input_gradient_norm, dict(norm="l3"), ValueError, "norm must be one of l1, l2, squared"),
-        (R.input_gradient_norm, dict(of="prob"), ValueError, "of must be one of logit, log_prob, loss"),
+        (
+            R.input_gradient_norm,
+            dict(of="prob"),
+            ValueError,
+            "of must be one of logit, log_prob, loss",
+        ),
         (R.jacobian_norm, dict(n_proj=0), ValueError, "n_proj must be at least 1, got 0; exact"),
         (
             R.right_for_right_reasons,
