@@ -16,4 +16,5 @@ PYBIND11_MODULE(_core, m) {
   bind_cam_discrepancy(m);
   bind_cross_entropy(m);
   bind_max_pool2d(m);
+  bind_norm_act(m);
 }
