@@ -31,41 +31,61 @@ struct Place {
   std::int64_t tensor, buffer, channel, group, sum, channel_sum;
 };
 
+inline std::int64_t whole_lines(std::int64_t count) { return (count + 15) / 16 * 16; }
+
 struct Groups {
   std::int64_t examples, channels, pixels, groups;  // N, C, P, G
   bool channels_last;
   std::int64_t lanes;  // of a vector
 
-  std::int64_t group_channels() const { return channels / groups; }
-  std::int64_t group_elements() const { return group_channels() * pixels; }
-  std::int64_t block_groups() const {  // the last block may have fewer
+  std::int64_t group_channels = channels / groups, group_elements = group_channels * pixels;
+  std::int64_t block_groups = groups_to_a_block(), fold = pixels_to_a_row();
+  std::int64_t blocks = (groups + block_groups - 1) / block_groups;  // the last may have fewer groups
+  bool along_rows = block_groups > 1;                                // group values differ
+  std::int64_t parts = parts_of_examples();
+
+  // How many numbers a thread keeps of each kind.
+  std::int64_t block_elements = whole_lines(block_groups * group_elements);
+  std::int64_t row_lanes = whole_lines(block_groups * group_channels * fold);
+  std::int64_t channel_values = channels_last ? row_lanes : whole_lines(group_channels * lanes);
+  std::int64_t group_values = along_rows ? row_lanes : whole_lines(lanes);
+  std::int64_t group_sums = along_rows ? row_lanes : kSumLanes;
+  std::int64_t channel_sums = channels_last ? row_lanes : kSumLanes;
+
+  Groups(const NormAct& p, std::int64_t vector_lanes)
+      : examples(p.examples),
+        channels(p.channels),
+        pixels(p.pixels),
+        groups(p.groups),
+        channels_last(p.channels_last),
+        lanes(vector_lanes) {}
+
+  std::int64_t groups_to_a_block() const {
     if (!channels_last || groups == 1) return 1;
-    const std::int64_t wanted = (kSumLanes + group_channels() - 1) / group_channels();
+    const std::int64_t wanted = (kSumLanes + group_channels - 1) / group_channels;
     return wanted < groups ? wanted : groups;
   }
-  std::int64_t blocks() const { return (groups + block_groups() - 1) / block_groups(); }
-  bool along_rows() const { return block_groups() > 1; }  // group values differ
-  std::int64_t fold() const {                             // pixels to a row
+  std::int64_t pixels_to_a_row() const {
     if (!channels_last || channels >= kSumLanes || kSumLanes % channels != 0) return 1;
     return pixels % (kSumLanes / channels) == 0 ? kSumLanes / channels : 1;
   }
-  std::int64_t parts() const {  // does not depend on the number of threads
+  std::int64_t parts_of_examples() const {  // not by the number of threads
     const std::int64_t wanted = examples * channels * pixels / kPartElements;
     const std::int64_t most = examples < kMaxParts ? examples : kMaxParts;
     return wanted < 1 ? 1 : (wanted < most ? wanted : most);
   }
 
   Block block(std::int64_t n, std::int64_t b) const {
-    const std::int64_t begin = b * block_groups(), rest = groups - begin;
+    const std::int64_t begin = b * block_groups, rest = groups - begin;
     Block k{};
-    k.groups = rest < block_groups() ? rest : block_groups();
-    k.channels = k.groups * group_channels();
-    k.channel = begin * group_channels();
+    k.groups = rest < block_groups ? rest : block_groups;
+    k.channels = k.groups * group_channels;
+    k.channel = begin * group_channels;
     k.group = n * groups + begin;
     k.first = n * channels * pixels + k.channel * (channels_last ? 1 : pixels);
-    k.rows = channels_last ? pixels / fold() : k.channels;
-    k.row = channels_last ? channels * fold() : pixels;
-    k.width = channels_last ? k.channels * fold() : pixels;
+    k.rows = channels_last ? pixels / fold : k.channels;
+    k.row = channels_last ? channels * fold : pixels;
+    k.width = channels_last ? k.channels * fold : pixels;
     return k;
   }
 };
@@ -86,52 +106,53 @@ inline double take_sum(A* lane) {
   return sum;
 }
 
-// What one thread works with on a block of the channels, one example after the other: values per
-// channel and per group, sums of both kinds, and a number per element.
+// Values of which there is one per channel or per group, and a buffer with a number per element. A
+// copy on the stack of a pass keeps these pointers in registers.
+template <typename A>
+struct Values {
+  A *channel, *group, *buffer;
+  std::int64_t channel_values, group_values;  // from one value to the next
+
+  template <typename P>
+  typename P::X of_channel(int value, const Place& at) const {
+    return P::values(channel + value * channel_values + at.channel);
+  }
+  template <typename P>
+  typename P::X of_group(int value, const Place& at) const {
+    return P::values(group + value * group_values + at.group);
+  }
+};
+
+// What one thread works with on a block of the channels, one example after the other: so many values
+// per channel and per group, and sums of both kinds.
 template <typename T, int kChannelValues, int kGroupValues, int kGroupSums, int kChannelSums>
 struct GroupWorker {
   using A = acc_t<T>;
   const Groups& g;
-  A *buffer, *channel, *group, *sums, *channel_sums;
-  double* totals;          // [kGroupSums][block_groups]
-  double* channel_totals;  // [kChannelSums][C], or null if they are not wanted
+  const Values<A> values;
+  A *const sums, *const channel_sums;
+  double* const totals;          // [kGroupSums][block_groups]
+  double* const channel_totals;  // [kChannelSums][C], or null if they are not wanted
   std::int64_t channel_adds = 0;
 
-  static std::int64_t whole(std::int64_t count) { return (count + 15) / 16 * 16; }
-  static std::int64_t row_lanes(const Groups& g) {
-    return whole(g.block_groups() * g.group_channels() * g.fold());
-  }
-  static std::int64_t channel_values(const Groups& g) {
-    return g.channels_last ? row_lanes(g) : whole(g.group_channels() * g.lanes);
-  }
-  static std::int64_t group_values(const Groups& g) {
-    return g.along_rows() ? row_lanes(g) : whole(g.lanes);
-  }
-  static std::int64_t group_lanes(const Groups& g) {
-    return g.along_rows() ? row_lanes(g) : kSumLanes;
-  }
-  static std::int64_t channel_lanes(const Groups& g) {
-    return g.channels_last ? row_lanes(g) : kSumLanes;
-  }
-  static std::int64_t buffer_size(const Groups& g) {
-    return whole(g.block_groups() * g.group_elements());
+  static std::int64_t numbers(const Groups& g) {
+    return g.block_elements + kChannelValues * g.channel_values + kGroupValues * g.group_values +
+           kGroupSums * g.group_sums + kChannelSums * g.channel_sums;
   }
   static std::int64_t bytes(const Groups& g) {
-    const std::int64_t numbers = buffer_size(g) + kChannelValues * channel_values(g) +
-                                 kGroupValues * group_values(g) + kGroupSums * group_lanes(g) +
-                                 kChannelSums * channel_lanes(g);
-    return numbers * sizeof(A) + whole(kGroupSums * g.block_groups()) * sizeof(double);
+    return numbers(g) * sizeof(A) + whole_lines(kGroupSums * g.block_groups) * sizeof(double);
   }
 
-  GroupWorker(const Groups& groups, void* memory, double* channel_totals)
-      : g(groups), channel_totals(channel_totals) {
-    buffer = static_cast<A*>(memory);
-    channel = buffer + buffer_size(g);
-    group = channel + kChannelValues * channel_values(g);
-    sums = group + kGroupValues * group_values(g);
-    channel_sums = sums + kGroupSums * group_lanes(g);
-    totals = reinterpret_cast<double*>(channel_sums + kChannelSums * channel_lanes(g));
-    clear(sums, kGroupSums * group_lanes(g) + kChannelSums * channel_lanes(g));
+  GroupWorker(const Groups& groups, A* memory, double* channel_totals)
+      : g(groups),
+        values{memory + g.block_elements,
+               memory + g.block_elements + kChannelValues * g.channel_values, memory,
+               g.channel_values, g.group_values},
+        sums(values.group + kGroupValues * g.group_values),
+        channel_sums(sums + kGroupSums * g.group_sums),
+        totals(reinterpret_cast<double*>(memory + numbers(g))),
+        channel_totals(channel_totals) {
+    clear(sums, kGroupSums * g.group_sums + kChannelSums * g.channel_sums);
   }
   // Before the first and after the last example.
   void begin(const Block& block) const {
@@ -143,65 +164,54 @@ struct GroupWorker {
     if (channel_adds > 0) take_channel_sums(block, 0);
   }
 
-  // values[c] for the channels of a block: to the lanes of a row, or a vector for each plane.
-  void set_channels(const Block& block, int value, const void* values, A otherwise) const {
-    const A* from = static_cast<const A*>(values);
-    A* to = channel + value * channel_values(g);
-    const std::int64_t copies = g.fold(), each = g.channels_last ? 1 : g.lanes;
-    for (std::int64_t f = 0; f < copies; ++f) {
+  // from[c] for the channels of a block: to the lanes of a row, or a vector for each plane.
+  void set_channels(const Block& block, int value, const void* data, A otherwise) const {
+    const A* from = static_cast<const A*>(data);
+    A* to = values.channel + value * g.channel_values;
+    for (std::int64_t f = 0; f < g.fold; ++f) {
       for (std::int64_t c = 0; c < block.channels; ++c) {
         const A v = from == nullptr ? otherwise : from[block.channel + c];
-        for (std::int64_t i = 0; i < each; ++i) *to++ = v;
+        for (std::int64_t i = 0; i < (g.channels_last ? 1 : g.lanes); ++i) *to++ = v;
       }
     }
   }
   // A value of group i of the block.
-  void set_group(const Block& block, int value, std::int64_t i, double v) const {
-    A* to = group + value * group_values(g);
-    const A rounded = static_cast<A>(v);
-    if (!g.along_rows()) {
-      for (std::int64_t j = 0; j < g.lanes; ++j) to[j] = rounded;
+  void set_group(const Block& block, int value, std::int64_t i, A v) const {
+    A* to = values.group + value * g.group_values;
+    if (!g.along_rows) {
+      for (std::int64_t j = 0; j < g.lanes; ++j) to[j] = v;
       return;
     }
-    const std::int64_t width = g.group_channels(), copies = g.fold();
-    for (std::int64_t f = 0; f < copies; ++f) {
-      for (std::int64_t c = 0; c < width; ++c) to[f * block.channels + i * width + c] = rounded;
+    for (std::int64_t f = 0; f < g.fold; ++f) {
+      A* lane = to + f * block.channels + i * g.group_channels;
+      for (std::int64_t c = 0; c < g.group_channels; ++c) lane[c] = v;
     }
-  }
-  template <typename P>
-  typename P::X of_channel(int value, const Place& at) const {
-    return P::values(channel + value * channel_values(g) + at.channel);
-  }
-  template <typename P>
-  typename P::X of_group(int value, const Place& at) const {
-    return P::values(group + value * group_values(g) + at.group);
   }
   // Of what the last pass added up.
   double mean(int sum, std::int64_t i) const {
-    return totals[sum * g.block_groups() + i] / g.group_elements();
+    return totals[sum * g.block_groups + i] / g.group_elements;
   }
 
-  // f(P, place) for the elements of a block; `after(r, lanes' additions)` now and then, for pieces of
-  // rows of at most kAdds additions to one of kSumLanes.
+  // f(P, place) for the elements of a block; after(r, additions to a lane of sums) behind pieces of
+  // rows of at most kAdds of them.
   template <typename F, typename After>
   void each(const Block& block, F f, After after) const {
     const std::int64_t all = ~std::int64_t{0}, in_turn = kSumLanes - 1, piece = kSumLanes * kAdds;
-    const std::int64_t by_channel = g.channels_last ? all : 0, by_group = g.along_rows() ? all : 0;
-    const std::int64_t by_sum = g.along_rows() ? all : in_turn;
-    const std::int64_t by_channel_sum = g.channels_last ? all : in_turn;
+    const bool last = g.channels_last, along_rows = g.along_rows;
+    const std::int64_t by_channel = last ? all : 0, by_channel_sum = last ? all : in_turn;
+    const std::int64_t by_group = along_rows ? all : 0, by_sum = along_rows ? all : in_turn;
+    const std::int64_t width = block.width, plane = last ? 0 : g.lanes;
     for (std::int64_t r = 0; r < block.rows; ++r) {
-      const std::int64_t tensor = block.first + r * block.row, own = r * block.width;
-      const std::int64_t channel = g.channels_last ? 0 : r * g.lanes;
+      const std::int64_t tensor = block.first + r * block.row, own = r * width;
       const auto place = [&](std::int64_t j) {
-        return Place{tensor + j,   own + j,    channel + (j & by_channel),
+        return Place{tensor + j,   own + j,    r * plane + (j & by_channel),
                      j & by_group, j & by_sum, j & by_channel_sum};
       };
-      std::int64_t j = 0;
-      while (j < block.width) {
-        const std::int64_t begin = j, end = block.width - j < piece ? block.width : j + piece;
+      for (std::int64_t j = 0; j < width;) {
+        const std::int64_t begin = j, end = width - j < piece ? width : j + piece;
         for (; j + Wide<T>::lanes <= end; j += Wide<T>::lanes) f(Wide<T>{}, place(j));
         for (; j < end; ++j) f(Narrow<T>{}, place(j));
-        after(r, g.along_rows() ? 1 : (end - begin + kSumLanes - 1) / kSumLanes);
+        after(r, along_rows ? 1 : (end - begin + kSumLanes - 1) / kSumLanes);
       }
     }
   }
@@ -211,7 +221,9 @@ struct GroupWorker {
   template <int S, int C, typename Terms>
   void sum(const Block& block, Terms terms) {
     const bool channel_wise = C > 0 && channel_totals != nullptr;
-    clear(totals, S * g.block_groups());
+    A *const sums = this->sums, *const channel_sums = this->channel_sums;
+    const std::int64_t group_sums = g.group_sums, channel_lanes = g.channel_sums;
+    clear(totals, S * g.block_groups);
     std::int64_t adds = 0;
     each(
         block,
@@ -219,11 +231,10 @@ struct GroupWorker {
           using P = decltype(pack);
           typename P::X term[S + C];
           terms(pack, at, term);
-          for (int s = 0; s < S; ++s) add<P>(sums + s * group_lanes(g) + at.sum, term[s]);
-          if (channel_wise) {
-            for (int s = 0; s < C; ++s) {
-              add<P>(channel_sums + s * channel_lanes(g) + at.channel_sum, term[S + s]);
-            }
+          for (int s = 0; s < S; ++s) add<P>(sums + s * group_sums + at.sum, term[s]);
+          if (!channel_wise) return;
+          for (int s = 0; s < C; ++s) {
+            add<P>(channel_sums + s * channel_lanes + at.channel_sum, term[S + s]);
           }
         },
         [&](std::int64_t r, std::int64_t more) {
@@ -242,26 +253,28 @@ struct GroupWorker {
     P::put(to, P::values(to) + term);
   }
 
-  void take_group_sums(const Block& block, int count) {
+  FI_NOINLINE void take_group_sums(const Block& block, int count) {
     for (int s = 0; s < count; ++s) {
-      A* lane = sums + s * group_lanes(g);
-      double* total = totals + s * g.block_groups();
-      if (!g.along_rows()) {
+      A* lane = sums + s * g.group_sums;
+      double* total = totals + s * g.block_groups;
+      if (!g.along_rows) {
         *total += take_sum(lane);
         continue;
       }
-      for (std::int64_t i = 0, lanes = block.width / g.group_channels(); i < lanes; ++i) {
-        double sum = 0;
-        for (std::int64_t c = 0; c < g.group_channels(); ++c) sum += lane[i * g.group_channels() + c];
-        total[i % block.groups] += sum;
+      for (std::int64_t f = 0; f < g.fold; ++f) {
+        for (std::int64_t i = 0; i < block.groups; ++i) {
+          double sum = 0;
+          for (std::int64_t c = 0; c < g.group_channels; ++c) sum += *lane++;
+          total[i] += sum;
+        }
       }
-      clear(lane, block.width);
+      clear(sums + s * g.group_sums, block.width);
     }
   }
   // Of channel r of the block where it has a plane, else of all of them.
-  void take_channel_sums(const Block& block, std::int64_t r) {
+  FI_NOINLINE void take_channel_sums(const Block& block, std::int64_t r) {
     for (int s = 0; s < kChannelSums; ++s) {
-      A* lane = channel_sums + s * channel_lanes(g);
+      A* lane = channel_sums + s * g.channel_sums;
       double* total = channel_totals + s * g.channels + block.channel;
       if (!g.channels_last) {
         total[r] += take_sum(lane);

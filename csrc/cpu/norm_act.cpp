@@ -29,13 +29,14 @@ struct Kernel : GroupWorker<T, kChannelValues, kGroupValues, 3, 2> {
   using Base = GroupWorker<T, kChannelValues, kGroupValues, 3, 2>;
   using A = acc_t<T>;
   using Function = Phi<T, K>;
-  using Base::buffer;
   using Base::g;
   const NormAct& p;
   const A alpha;
 
   Kernel(const NormAct& params, const Groups& groups, void* memory, double* channel_totals)
-      : Base(groups, memory, channel_totals), p(params), alpha(static_cast<A>(p.alpha)) {}
+      : Base(groups, static_cast<A*>(memory), channel_totals),
+        p(params),
+        alpha(static_cast<A>(p.alpha)) {}
 
   void begin(const Block& block) const {
     Base::begin(block);
@@ -44,13 +45,13 @@ struct Kernel : GroupWorker<T, kChannelValues, kGroupValues, 3, 2> {
     this->set_channels(block, kA, p.a_weight, A(0));
     this->set_channels(block, kB, p.a_bias, A(0));
   }
-  void set_groups(const Block& block, int value, const void* values) const {
-    const A* from = static_cast<const A*>(values);
+  // A value of every group of the block, given or made by f(i) and written out where there is room.
+  void set_groups(const Block& block, int value, const void* data) const {
+    const A* from = static_cast<const A*>(data);
     for (std::int64_t i = 0; i < block.groups; ++i) {
       this->set_group(block, value, i, from == nullptr ? A(0) : from[block.group + i]);
     }
   }
-  // A value of every group of the block: f(i), rounded, which is also written out.
   template <typename F>
   void make_groups(const Block& block, int value, void* out, F f) const {
     for (std::int64_t i = 0; i < block.groups; ++i) {
@@ -59,54 +60,65 @@ struct Kernel : GroupWorker<T, kChannelValues, kGroupValues, 3, 2> {
       if (out != nullptr) static_cast<A*>(out)[block.group + i] = v;
     }
   }
-  template <typename F>
-  void each(const Block& block, F f) const {
-    Base::each(block, f, [](std::int64_t, std::int64_t) {});
-  }
 
-  // ---- elements; null pointers stand for zeros, and for what is not wanted
+  // What an element is made of. Null pointers stand for zeros, and for what is not wanted.
+  struct Elements : Values<A> {
+    const T *data_x, *data_residual;
 
+    explicit Elements(const Kernel& k)
+        : Values<A>(k.values),
+          data_x(static_cast<const T*>(k.p.x)),
+          data_residual(static_cast<const T*>(k.p.residual)) {}
+
+    template <typename P>
+    typename P::X centred(const Place& at) const {
+      return P::load(data_x + at.tensor) - this->template of_group<P>(kMean, at);
+    }
+    template <typename P>
+    typename P::X normalised(const Place& at) const {
+      return centred<P>(at) * this->template of_group<P>(kRstd, at);
+    }
+    template <typename P>
+    typename P::X pre_activation(typename P::X xh, const Place& at) const {
+      return xh * this->template of_channel<P>(kGamma, at) +
+             this->template of_channel<P>(kBeta, at) + read<P>(data_residual, at);
+    }
+    // rstd (t - mean - xh mean(t xh)) for the t that waits in the buffer
+    template <typename P>
+    typename P::X projected(int mean, int mean_x, const Place& at) const {
+      const auto of = [&](int value) { return this->template of_group<P>(value, at); };
+      return of(kRstd) * (P::values(this->buffer + at.buffer) - of(mean) -
+                          normalised<P>(at) * of(mean_x));
+    }
+  };
   template <typename P>
-  static typename P::X read(const void* data, const Place& at) {
-    return data == nullptr ? typename P::X{} : P::load(static_cast<const T*>(data) + at.tensor);
+  static typename P::X read(const T* data, const Place& at) {
+    return data == nullptr ? typename P::X{} : P::load(data + at.tensor);
   }
   template <typename P>
-  static void write(void* data, const Place& at, typename P::X v) {
-    if (data != nullptr) P::store(static_cast<T*>(data) + at.tensor, v);
+  static void write(T* data, const Place& at, typename P::X v) {
+    if (data != nullptr) P::store(data + at.tensor, v);
   }
-  template <typename P>
-  typename P::X centred(const Place& at) const {
-    return read<P>(p.x, at) - this->template of_group<P>(kMean, at);
-  }
-  template <typename P>
-  typename P::X normalised(const Place& at) const {
-    return centred<P>(at) * this->template of_group<P>(kRstd, at);
-  }
-  template <typename P>
-  typename P::X pre_activation(typename P::X xh, const Place& at) const {
-    return xh * this->template of_channel<P>(kGamma, at) + this->template of_channel<P>(kBeta, at) +
-           read<P>(p.residual, at);
-  }
-  // rstd (t - mean - xh mean(t xh)) for the t that waits in the buffer
-  template <typename P>
-  typename P::X projected(int mean, int mean_x, const Place& at) const {
-    const auto of = [&](int value) { return this->template of_group<P>(value, at); };
-    return of(kRstd) * (P::values(buffer + at.buffer) - of(mean) - normalised<P>(at) * of(mean_x));
-  }
+  static const T* input(const void* data) { return static_cast<const T*>(data); }
+  static T* output(void* data) { return static_cast<T*>(data); }
 
   // ---- the three orders
 
   void forward(const Block& block) {
-    const T* x = static_cast<const T*>(p.x) + block.first;
+    const Elements e(*this);
+    const A alpha = this->alpha;
+    T* const y = output(p.y);
     // Something near the mean, for the sums to be small.
-    const auto pivot = [&](std::int64_t i) { return load(x + i * g.group_channels()); };
+    const auto pivot = [&](std::int64_t i) {
+      return load(e.data_x + block.first + i * g.group_channels);
+    };
     make_groups(block, kMean, nullptr, pivot);
     this->template sum<1, 0>(block, [&](auto pack, const Place& at, auto* term) {
-      term[0] = centred<decltype(pack)>(at);
+      term[0] = e.template centred<decltype(pack)>(at);
     });
     make_groups(block, kMean, p.mean, [&](std::int64_t i) { return pivot(i) + this->mean(0, i); });
     this->template sum<1, 0>(block, [&](auto pack, const Place& at, auto* term) {
-      const auto d = centred<decltype(pack)>(at);
+      const auto d = e.template centred<decltype(pack)>(at);
       term[0] = d * d;
     });
     make_groups(block, kRstd, p.rstd, [&](std::int64_t i) {
@@ -114,79 +126,89 @@ struct Kernel : GroupWorker<T, kChannelValues, kGroupValues, 3, 2> {
     });
     each(block, [&](auto pack, const Place& at) {
       using P = decltype(pack);
-      const auto z = pre_activation<P>(normalised<P>(at), at);
-      write<P>(p.y, at, Function::template value<P>(z, alpha));
+      const auto z = e.template pre_activation<P>(e.template normalised<P>(at), at);
+      P::store(y + at.tensor, Function::template value<P>(z, alpha));
     });
   }
 
   void backward(const Block& block) {
+    const Elements e(*this);
+    const A alpha = this->alpha;
+    const T *const gy = input(p.gy), *const addend = input(p.addend);
+    T *const gx = output(p.gx), *const gresidual = output(p.gresidual);
     set_groups(block, kMean, p.mean);
     set_groups(block, kRstd, p.rstd);
     this->template sum<2, 2>(block, [&](auto pack, const Place& at, auto* term) {
       using P = decltype(pack);
-      const auto xh = normalised<P>(at);
-      const auto slope = Function::template slope<P>(pre_activation<P>(xh, at), alpha);
-      const auto gj = Function::template times<P>(slope, read<P>(p.gy, at), alpha);
-      const auto h = this->template of_channel<P>(kGamma, at) * gj;
-      write<P>(p.gresidual, at, gj);
-      P::put(buffer + at.buffer, h);
+      const auto xh = e.template normalised<P>(at);
+      const auto slope = Function::template slope<P>(e.template pre_activation<P>(xh, at), alpha);
+      const auto g = Function::template times<P>(slope, P::load(gy + at.tensor), alpha);
+      const auto h = e.template of_channel<P>(kGamma, at) * g;
+      write<P>(gresidual, at, g);
+      P::put(e.buffer + at.buffer, h);
       term[0] = h;
       term[1] = h * xh;
-      term[2] = gj * xh;
-      term[3] = gj;
+      term[2] = g * xh;
+      term[3] = g;
     });
     make_groups(block, kH, p.mean_h, [&](std::int64_t i) { return this->mean(0, i); });
     make_groups(block, kHx, p.mean_hx, [&](std::int64_t i) { return this->mean(1, i); });
-    if (p.gx == nullptr) return;
+    if (gx == nullptr) return;
     each(block, [&](auto pack, const Place& at) {
       using P = decltype(pack);
-      write<P>(p.gx, at, projected<P>(kH, kHx, at) + read<P>(p.addend, at));
+      const auto own = e.template projected<P>(kH, kHx, at);
+      P::store(gx + at.tensor, own + read<P>(addend, at));
     });
   }
 
   void backward_backward(const Block& block) {
+    const Elements e(*this);
+    const A alpha = this->alpha;
+    const T *const gy_data = input(p.gy), *const v_data = input(p.v), *const u_data = input(p.u);
+    T *const ggy = output(p.ggy), *const gx2 = output(p.gx2), *const k_data = output(p.gresidual2);
     set_groups(block, kMean, p.mean);
     set_groups(block, kRstd, p.rstd);
     set_groups(block, kH, p.mean_h);
     set_groups(block, kHx, p.mean_hx);
     set_groups(block, kV, nullptr);
     set_groups(block, kVx, nullptr);
-    if (p.v != nullptr) {
+    if (v_data != nullptr) {
       this->template sum<2, 0>(block, [&](auto pack, const Place& at, auto* term) {
         using P = decltype(pack);
-        term[0] = read<P>(p.v, at);
-        term[1] = term[0] * normalised<P>(at);
+        term[0] = P::load(v_data + at.tensor);
+        term[1] = term[0] * e.template normalised<P>(at);
       });
       make_groups(block, kV, nullptr, [&](std::int64_t i) { return this->mean(0, i); });
       make_groups(block, kVx, nullptr, [&](std::int64_t i) { return this->mean(1, i); });
     }
     this->template sum<3, 2>(block, [&](auto pack, const Place& at, auto* term) {
       using P = decltype(pack);
-      const auto of = [&](int value) { return this->template of_group<P>(value, at); };
-      const auto channel = [&](int value) { return this->template of_channel<P>(value, at); };
-      const auto xh = normalised<P>(at), gy = read<P>(p.gy, at), z = pre_activation<P>(xh, at);
+      const auto of = [&](int value) { return e.template of_group<P>(value, at); };
+      const auto channel = [&](int value) { return e.template of_channel<P>(value, at); };
+      const auto xh = e.template normalised<P>(at), z = e.template pre_activation<P>(xh, at);
+      const auto gy = P::load(gy_data + at.tensor), rstd = of(kRstd);
       const auto slope = Function::template slope<P>(z, alpha);
-      const auto gj = Function::template times<P>(slope, gy, alpha), h = channel(kGamma) * gj;
-      const auto v = read<P>(p.v, at) - of(kV), pv = v - xh * of(kVx);
+      const auto g = Function::template times<P>(slope, gy, alpha), h = channel(kGamma) * g;
+      const auto v = read<P>(v_data, at) - of(kV), pv = v - xh * of(kVx);
       const auto q =
-          channel(kGamma) * of(kRstd) * pv + read<P>(p.u, at) + channel(kA) * xh + channel(kB);
-      auto by_xh = channel(kA) * gj - of(kRstd) * (v * of(kHx) + (h - of(kH)) * of(kVx));
-      term[3] = of(kRstd) * gj * pv;
+          channel(kGamma) * rstd * pv + read<P>(u_data, at) + channel(kA) * xh + channel(kB);
+      auto by_xh = channel(kA) * g - rstd * (v * of(kHx) + (h - of(kH)) * of(kVx));
+      term[3] = rstd * g * pv;
       term[4] = typename P::X{};
       if constexpr (Function::smooth) {
         const auto k = Function::template curvature<P>(z, alpha) * gy * q;
-        write<P>(p.gresidual2, at, k);
+        write<P>(k_data, at, k);
         by_xh += channel(kGamma) * k;
         term[3] += k * xh;
         term[4] = k;
       }
-      write<P>(p.ggy, at, Function::template times<P>(slope, q, alpha));
-      P::put(buffer + at.buffer, by_xh);
+      write<P>(ggy, at, Function::template times<P>(slope, q, alpha));
+      P::put(e.buffer + at.buffer, by_xh);
       term[0] = by_xh;
       term[1] = by_xh * xh;
       term[2] = h * pv;
     });
-    if (p.gx2 == nullptr) return;
+    if (gx2 == nullptr) return;
     make_groups(block, kConst, nullptr, [&](std::int64_t i) { return this->mean(0, i); });
     make_groups(block, kByXh, nullptr, [&](std::int64_t i) {
       const double rstd = static_cast<const A*>(p.rstd)[block.group + i];
@@ -194,8 +216,13 @@ struct Kernel : GroupWorker<T, kChannelValues, kGroupValues, 3, 2> {
     });
     each(block, [&](auto pack, const Place& at) {
       using P = decltype(pack);
-      write<P>(p.gx2, at, projected<P>(kConst, kByXh, at));
+      P::store(gx2 + at.tensor, e.template projected<P>(kConst, kByXh, at));
     });
+  }
+
+  template <typename F>
+  void each(const Block& block, F f) const {
+    Base::each(block, f, [](std::int64_t, std::int64_t) {});
   }
 };
 
@@ -228,12 +255,11 @@ void with_kernel(const NormAct& p, F f) {
 
 template <typename K>
 Groups groups_of(const NormAct& p) {
-  constexpr std::int64_t lanes = Vector<typename K::A>::lanes;
-  return {p.examples, p.channels, p.pixels, p.groups, p.channels_last, lanes};
+  return Groups(p, Vector<typename K::A>::lanes);
 }
 // Channel sums of every part, in whole cache lines; the threads' own memory follows them.
 std::int64_t totals_bytes(const Groups& g) {
-  return (g.parts() * 2 * g.channels * sizeof(double) + 63) / 64 * 64;
+  return (g.parts * 2 * g.channels * sizeof(double) + 63) / 64 * 64;
 }
 
 // run(kernel, block) for every block of every example; then gweight and gbias, the sums per channel.
@@ -244,7 +270,7 @@ void for_blocks(const NormAct& p, void* gweight, void* gbias, Run run) {
     using A = typename K::A;
     const Groups g = groups_of<K>(p);
     const bool channel_wise = gweight != nullptr || gbias != nullptr;
-    const std::int64_t parts = g.parts(), blocks = g.blocks();
+    const std::int64_t parts = g.parts, blocks = g.blocks;
     double* const all = static_cast<double*>(p.scratch);
     char* const memory = static_cast<char*>(p.scratch) + totals_bytes(g);
 #pragma omp parallel for schedule(static) num_threads(p.threads) \
