@@ -39,6 +39,7 @@ struct Groups {
   std::int64_t lanes;  // of a vector
 
   std::int64_t group_channels = channels / groups, group_elements = group_channels * pixels;
+  double share = 1.0 / group_elements;
   std::int64_t block_groups = groups_to_a_block(), fold = pixels_to_a_row();
   std::int64_t blocks = (groups + block_groups - 1) / block_groups;  // the last may have fewer groups
   bool along_rows = block_groups > 1;                                // group values differ
@@ -98,12 +99,19 @@ inline void clear(A* values, std::int64_t count) {
 // The sum of kSumLanes numbers, which are zero from then on.
 template <typename A>
 inline double take_sum(A* lane) {
-  for (std::int64_t half = kSumLanes / 2; half > 0; half /= 2) {
-    for (std::int64_t i = 0; i < half; ++i) lane[i] += lane[half + i];
+  constexpr int lanes = Vector<A>::lanes;
+  typename Vector<A>::type sum{};
+#pragma GCC unroll 16
+  for (int i = 0; i < kSumLanes; i += lanes) {
+    sum += load_vector(lane + i);
+    store_vector(lane + i, typename Vector<A>::type{});
   }
-  const double sum = lane[0];
-  clear(lane, kSumLanes);
-  return sum;
+#pragma GCC unroll 4
+  for (int half = lanes / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) sum[i] += sum[half + i];
+  }
+  return sum[0];
 }
 
 // Values of which there is one per channel or per group, and a buffer with a number per element. A
@@ -179,7 +187,7 @@ struct GroupWorker {
   void set_group(const Block& block, int value, std::int64_t i, A v) const {
     A* to = values.group + value * g.group_values;
     if (!g.along_rows) {
-      for (std::int64_t j = 0; j < g.lanes; ++j) to[j] = v;
+      store_vector(to, typename Vector<A>::type{} + v);
       return;
     }
     for (std::int64_t f = 0; f < g.fold; ++f) {
@@ -189,7 +197,7 @@ struct GroupWorker {
   }
   // Of what the last pass added up.
   double mean(int sum, std::int64_t i) const {
-    return totals[sum * g.block_groups + i] / g.group_elements;
+    return totals[sum * g.block_groups + i] * g.share;
   }
 
   // f(P, place) for the elements of a block; after(r, additions to a lane of sums) behind pieces of
@@ -231,8 +239,10 @@ struct GroupWorker {
           using P = decltype(pack);
           typename P::X term[S + C];
           terms(pack, at, term);
+#pragma GCC unroll 8
           for (int s = 0; s < S; ++s) add<P>(sums + s * group_sums + at.sum, term[s]);
           if (!channel_wise) return;
+#pragma GCC unroll 8
           for (int s = 0; s < C; ++s) {
             add<P>(channel_sums + s * channel_lanes + at.channel_sum, term[S + s]);
           }

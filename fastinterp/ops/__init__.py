@@ -9,6 +9,7 @@ from fastinterp.ops.conv2d import conv2d
 from fastinterp.ops.cross_entropy import cross_entropy
 from fastinterp.ops.group_norm_act import group_norm_act
 from fastinterp.ops.layer_norm_act import layer_norm_act
+from fastinterp.ops.linear import linear
 from fastinterp.ops.max_pool2d import max_pool2d
 
 __all__ = [
@@ -22,5 +23,6 @@ __all__ = [
     "cross_entropy",
     "group_norm_act",
     "layer_norm_act",
+    "linear",
     "max_pool2d",
 ]

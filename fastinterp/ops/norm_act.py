@@ -21,7 +21,7 @@ import torch
 from fastinterp import _native
 from fastinterp.ops import _backend
 from fastinterp.ops import _norm_act_reference as reference
-from fastinterp.ops._activations import ACTIVATIONS, SMOOTH, checked_alpha
+from fastinterp.ops._activations import ACTIVATIONS, SMOOTH, checked_alpha, value
 from fastinterp.ops._autograd import no_third_order, register_autograd, remember_edges, wanted
 from fastinterp.ops._layout import dense, dense_as, is_channels_last
 
@@ -71,10 +71,32 @@ def norm_act(x, residual, weight, bias, groups, eps, activation, alpha) -> torch
     if not eps >= 0:
         raise ValueError(f"eps must be >= 0, got {eps}")
     alpha = checked_alpha(activation, alpha)
+    if _plain_is_faster(x, weight, bias, activation):
+        return _plain(x, residual, weight, bias, groups, eps, activation, alpha)
     acc = _backend.accumulation_dtype(x.dtype)
     weight, bias = (None if t is None else t.to(acc) for t in (weight, bias))
     kind = groups, float(eps), activation, alpha
     return torch.ops.fastinterp.norm_act(x, residual, weight, bias, *kind)[0]
+
+
+def _plain_is_faster(x, weight, bias, activation) -> bool:
+    """Whether dispatching the op costs more than it saves: a small tensor on a CPU.
+
+    Measured on a core with AVX-512, three orders together, plain torch takes of the op's time, for
+    the identity 0.5 at 3,200 elements, 0.6 to 1.1 at 16,384, 0.8 to 1.3 at 65,536, 1.3 to 2.3 at
+    131,072; for gelu 0.8 at 3,200, 0.9 at 16,384, 1.1 to 1.2 at 32,768.
+    """
+    dtypes = {t.dtype for t in (weight, bias) if t is not None}
+    fits = dtypes <= {x.dtype} or dtypes == {torch.float32}
+    return fits and _backend.is_small(x, 1 << 16 if activation == "identity" else 1 << 15)
+
+
+def _plain(x, residual, weight, bias, groups, eps, activation, alpha):
+    if x.dim() == 2 and groups == 1:
+        y = torch.nn.functional.layer_norm(x, x.shape[1:], weight, bias, eps)
+    else:
+        y = torch.group_norm(x, groups, weight, bias, eps)
+    return value(y if residual is None else y + residual, activation, alpha)
 
 
 def autocast(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
@@ -136,9 +158,9 @@ def _runs_in_torch(x) -> bool:
 
 
 def _fill(results, values):
-    for result, value in zip(results, values, strict=True):
+    for result, computed in zip(results, values, strict=True):
         if result.numel():
-            result.copy_(value)
+            result.copy_(computed)
     return results
 
 
