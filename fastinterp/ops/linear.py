@@ -31,7 +31,10 @@ for _name, _arguments in (
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """torch.nn.functional.linear, differentiable to any order, without gradients nobody asked for.
 
-    torch's own double backward of a matrix product is as good: ``fuse`` leaves nn.Linear alone.
+    torch's own double backward makes the same products with less to dispatch, so ``fuse`` leaves
+    nn.Linear alone. Of this op's time it takes, three orders on a core with AVX-512 and AMX, in
+    float32 and bfloat16: 0.43 and 0.57 at (32, 64) -> 10, 0.85 and 0.77 at (128, 512) -> 1000, 0.96
+    at (16, 197, 192) -> 768.
 
     Args:
         x: (..., in), any floating dtype.
