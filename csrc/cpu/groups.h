@@ -89,6 +89,13 @@ struct Groups {
     k.width = channels_last ? k.channels * fold : pixels;
     return k;
   }
+  // The same as one row where it is contiguous and has one value of everything that is asked for.
+  Block without_channels(Block k) const {
+    if (along_rows || k.row != k.width) return k;
+    k.row = k.width = k.rows * k.width;
+    k.rows = 1;
+    return k;
+  }
 };
 
 template <typename A>

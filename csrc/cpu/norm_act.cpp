@@ -106,6 +106,7 @@ struct Kernel : GroupWorker<T, kChannelValues, kGroupValues, 3, 2> {
 
   void forward(const Block& block) {
     const Elements e(*this);
+    const Block flat = g.without_channels(block);
     const A alpha = this->alpha;
     T* const y = output(p.y);
     // Something near the mean, for the sums to be small.
@@ -113,11 +114,11 @@ struct Kernel : GroupWorker<T, kChannelValues, kGroupValues, 3, 2> {
       return load(e.data_x + block.first + i * g.group_channels);
     };
     make_groups(block, kMean, nullptr, pivot);
-    this->template sum<1, 0>(block, [&](auto pack, const Place& at, auto* term) {
+    this->template sum<1, 0>(flat, [&](auto pack, const Place& at, auto* term) {
       term[0] = e.template centred<decltype(pack)>(at);
     });
     make_groups(block, kMean, p.mean, [&](std::int64_t i) { return pivot(i) + this->mean(0, i); });
-    this->template sum<1, 0>(block, [&](auto pack, const Place& at, auto* term) {
+    this->template sum<1, 0>(flat, [&](auto pack, const Place& at, auto* term) {
       const auto d = e.template centred<decltype(pack)>(at);
       term[0] = d * d;
     });
@@ -133,6 +134,7 @@ struct Kernel : GroupWorker<T, kChannelValues, kGroupValues, 3, 2> {
 
   void backward(const Block& block) {
     const Elements e(*this);
+    const Block flat = g.without_channels(block);
     const A alpha = this->alpha;
     const T *const gy = input(p.gy), *const addend = input(p.addend);
     T *const gx = output(p.gx), *const gresidual = output(p.gresidual);
@@ -154,7 +156,7 @@ struct Kernel : GroupWorker<T, kChannelValues, kGroupValues, 3, 2> {
     make_groups(block, kH, p.mean_h, [&](std::int64_t i) { return this->mean(0, i); });
     make_groups(block, kHx, p.mean_hx, [&](std::int64_t i) { return this->mean(1, i); });
     if (gx == nullptr) return;
-    each(block, [&](auto pack, const Place& at) {
+    each(flat, [&](auto pack, const Place& at) {
       using P = decltype(pack);
       const auto own = e.template projected<P>(kH, kHx, at);
       P::store(gx + at.tensor, own + read<P>(addend, at));
@@ -163,6 +165,7 @@ struct Kernel : GroupWorker<T, kChannelValues, kGroupValues, 3, 2> {
 
   void backward_backward(const Block& block) {
     const Elements e(*this);
+    const Block flat = g.without_channels(block);
     const A alpha = this->alpha;
     const T *const gy_data = input(p.gy), *const v_data = input(p.v), *const u_data = input(p.u);
     T *const ggy = output(p.ggy), *const gx2 = output(p.gx2), *const k_data = output(p.gresidual2);
@@ -173,7 +176,7 @@ struct Kernel : GroupWorker<T, kChannelValues, kGroupValues, 3, 2> {
     set_groups(block, kV, nullptr);
     set_groups(block, kVx, nullptr);
     if (v_data != nullptr) {
-      this->template sum<2, 0>(block, [&](auto pack, const Place& at, auto* term) {
+      this->template sum<2, 0>(flat, [&](auto pack, const Place& at, auto* term) {
         using P = decltype(pack);
         term[0] = P::load(v_data + at.tensor);
         term[1] = term[0] * e.template normalised<P>(at);
@@ -214,7 +217,7 @@ struct Kernel : GroupWorker<T, kChannelValues, kGroupValues, 3, 2> {
       const double rstd = static_cast<const A*>(p.rstd)[block.group + i];
       return this->mean(1, i) + rstd * this->mean(2, i);
     });
-    each(block, [&](auto pack, const Place& at) {
+    each(flat, [&](auto pack, const Place& at) {
       using P = decltype(pack);
       P::store(gx2 + at.tensor, e.template projected<P>(kConst, kByXh, at));
     });

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from fastinterp.ops.norm_act import autocast, norm_act
+from fastinterp.ops._activations import value
+from fastinterp.ops.norm_act import autocast, checked_options, norm_act, plain_is_faster
 
 
 def group_norm_act(
@@ -49,5 +50,9 @@ def group_norm_act(
     for name, vector in (("weight", weight), ("bias", bias)):
         if vector is not None and vector.shape != (channels,):
             raise ValueError(f"{name} must be ({channels},) or None, got {tuple(vector.shape)}")
+    alpha = checked_options(x, residual, eps, activation, alpha)
     x, residual = autocast(x, residual)
+    if plain_is_faster(x, weight, bias, activation):
+        y = torch.group_norm(x, num_groups, weight, bias, eps)
+        return value(y if residual is None else y + residual, activation, alpha)
     return norm_act(x, residual, weight, bias, num_groups, eps, activation, alpha)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from fastinterp.ops.norm_act import autocast, norm_act
+from fastinterp.ops._activations import value
+from fastinterp.ops.norm_act import autocast, checked_options, norm_act, plain_is_faster
 
 
 def layer_norm_act(
@@ -51,12 +52,12 @@ def layer_norm_act(
     for name, values in (("weight", weight), ("bias", bias)):
         if values is not None and values.shape != shape:
             raise ValueError(f"{name} must be {shape} or None, got {tuple(values.shape)}")
-    if residual is not None and residual.shape != x.shape:
-        raise ValueError(
-            f"residual must have the shape of x, {tuple(x.shape)}, got {tuple(residual.shape)}"
-        )
+    alpha = checked_options(x, residual, eps, activation, alpha)
     x, residual = autocast(x, residual)
+    if plain_is_faster(x, weight, bias, activation):
+        y = torch.layer_norm(x, shape, weight, bias, eps)
+        return value(y if residual is None else y + residual, activation, alpha)
     rows = x.shape[: -len(shape)].numel(), math.prod(shape)
-    weight, bias = (None if t is None else t.reshape(-1) for t in (weight, bias))
-    flat = None if residual is None else residual.reshape(rows)
-    return norm_act(x.reshape(rows), flat, weight, bias, 1, eps, activation, alpha).view(x.shape)
+    flat = (None if t is None else t.reshape(rows) for t in (x, residual))
+    affine = (None if t is None else t.reshape(-1) for t in (weight, bias))
+    return norm_act(*flat, *affine, 1, eps, activation, alpha).view(x.shape)

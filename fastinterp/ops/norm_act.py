@@ -21,9 +21,9 @@ import torch
 from fastinterp import _native
 from fastinterp.ops import _backend
 from fastinterp.ops import _norm_act_reference as reference
-from fastinterp.ops._activations import ACTIVATIONS, SMOOTH, checked_alpha, value
+from fastinterp.ops._activations import ACTIVATIONS, SMOOTH, checked_alpha
 from fastinterp.ops._autograd import no_third_order, register_autograd, remember_edges, wanted
-from fastinterp.ops._layout import dense, dense_as, is_channels_last
+from fastinterp.ops._layout import dense, dense_as, is_channels_last, prefers_channels_last
 
 _KIND = "SymInt groups, float eps, str activation, float alpha"
 _INPUTS = "Tensor x, Tensor? residual, Tensor? weight, Tensor? bias"
@@ -52,10 +52,18 @@ _backend.KERNELS["norm_act"] = ("cpu",)
 
 
 def norm_act(x, residual, weight, bias, groups, eps, activation, alpha) -> torch.Tensor:
-    """The op behind the checks that its two public forms share.
+    """The op, of checked arguments."""
+    acc = _backend.accumulation_dtype(x.dtype)
+    weight, bias = (None if t is None else t.to(acc) for t in (weight, bias))
+    kind = groups, float(eps), activation, alpha
+    return torch.ops.fastinterp.norm_act(x, residual, weight, bias, *kind)[0]
+
+
+def checked_options(x, residual, eps, activation, alpha) -> float:
+    """alpha, or its default where it is None.
 
     Raises:
-        ValueError: the residual's shape, the activation, alpha or eps is not as they say.
+        ValueError: the residual's shape, the activation, alpha or eps is not allowed.
         TypeError: x is not floating point, or residual has another dtype.
     """
     if x.dtype not in _backend.DTYPE_CODES:
@@ -70,33 +78,23 @@ def norm_act(x, residual, weight, bias, groups, eps, activation, alpha) -> torch
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     if not eps >= 0:
         raise ValueError(f"eps must be >= 0, got {eps}")
-    alpha = checked_alpha(activation, alpha)
-    if _plain_is_faster(x, weight, bias, activation):
-        return _plain(x, residual, weight, bias, groups, eps, activation, alpha)
-    acc = _backend.accumulation_dtype(x.dtype)
-    weight, bias = (None if t is None else t.to(acc) for t in (weight, bias))
-    kind = groups, float(eps), activation, alpha
-    return torch.ops.fastinterp.norm_act(x, residual, weight, bias, *kind)[0]
+    return checked_alpha(activation, alpha)
 
 
-def _plain_is_faster(x, weight, bias, activation) -> bool:
+def plain_is_faster(x, weight, bias, activation) -> bool:
     """Whether dispatching the op costs more than it saves: a small tensor on a CPU.
 
     Measured on a core with AVX-512, three orders together, plain torch takes of the op's time, for
-    the identity 0.5 at 3,200 elements, 0.6 to 1.1 at 16,384, 0.8 to 1.3 at 65,536, 1.3 to 2.3 at
-    131,072; for gelu 0.8 at 3,200, 0.9 at 16,384, 1.1 to 1.2 at 32,768.
+    the identity 0.5 at 3,200 elements, 0.6 to 0.9 at 16,384, 0.8 to 1.3 at 65,536, 1.3 to 1.5 at
+    131,072; for gelu 0.8 at 3,200, 0.9 at 16,384, 1.1 to 1.2 at 32,768; for channels_last 1.0 to
+    1.2 at 8,192.
     """
     dtypes = {t.dtype for t in (weight, bias) if t is not None}
-    fits = dtypes <= {x.dtype} or dtypes == {torch.float32}
-    return fits and _backend.is_small(x, 1 << 16 if activation == "identity" else 1 << 15)
-
-
-def _plain(x, residual, weight, bias, groups, eps, activation, alpha):
-    if x.dim() == 2 and groups == 1:
-        y = torch.nn.functional.layer_norm(x, x.shape[1:], weight, bias, eps)
-    else:
-        y = torch.group_norm(x, groups, weight, bias, eps)
-    return value(y if residual is None else y + residual, activation, alpha)
+    if not (dtypes <= {x.dtype} or dtypes == {torch.float32}):  # torch takes no other mixture
+        return False
+    if x.dim() == 4 and prefers_channels_last(x):
+        return _backend.is_small(x, 1 << 13)
+    return _backend.is_small(x, 1 << 16 if activation == "identity" else 1 << 15)
 
 
 def autocast(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
