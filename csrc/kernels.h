@@ -240,6 +240,18 @@ struct MaxPool2d {
   void* scratch;  // max_pool2d_scratch_bytes(p) bytes, which may be none, 64-byte aligned
 };
 
+// gweight[o, i, j, c] = sum_p gy[p, o] x[window(p)[i, j], c]
+struct Conv2dWeightGrad {
+  std::int64_t examples, channels, out_channels;                // N, C, O
+  std::int64_t x_size[2], y_size[2];                            // H, W of x and of gy
+  std::int64_t kernel[2], stride[2], padding[2], dilation[2];
+  const void* gy;  // (N, H', W', O) bf16
+  const void* x;   // (N, H, W, C) bf16
+  void* gweight;   // (O, kh, kw, C) bf16
+  int threads;
+  void* scratch;   // conv2d_weight_grad_scratch_bytes(p) bytes, 64-byte aligned
+};
+
 namespace cpu {
 const char* instruction_set();  // the variant chosen at run time: "baseline", "avx2" or "avx512"
 void attack_step(const AttackStep& p);
@@ -265,6 +277,11 @@ void max_pool2d(const MaxPool2d& p);
 std::int64_t max_pool2d_scratch_bytes(const MaxPool2d& p);
 void max_pool2d_backward(const MaxPool2d& p);
 void max_pool2d_backward_backward(const MaxPool2d& p);
+
+// Whether this build, processor and kernel have AMX tiles for bfloat16; these two need them.
+bool amx_bf16();
+std::int64_t conv2d_weight_grad_scratch_bytes(const Conv2dWeightGrad& p);
+void conv2d_weight_grad(const Conv2dWeightGrad& p);
 }  // namespace cpu
 
 #ifdef FASTINTERP_WITH_CUDA
