@@ -125,6 +125,51 @@ struct BatchNormAct {
   void* scratch;  // batch_norm_act_scratch_bytes(p) bytes, 64-byte aligned
 };
 
+// y = activation(weight xh + bias + residual), xh = (x - mean) rstd with the statistics of each
+// example's G groups of channels, and its first two derivatives; formulas in cpu/norm_act.cpp. Layouts
+// and null pointers as above.
+struct NormAct {
+  DType dtype;
+  Activation activation;
+  double alpha;
+  double eps;
+  std::int64_t examples, channels, pixels, groups;  // N, C, P, G
+  bool channels_last;
+  int threads;
+
+  const void* x;         // N C P dtype
+  const void* residual;  // N C P dtype
+  const void* weight;    // (C,)
+  const void* bias;      // (C,)
+  void* mean;            // (N, G) written forward, read backward
+  void* rstd;            // (N, G) likewise
+
+  void* y;  // N C P dtype
+
+  // backward
+  const void* gy;      // N C P dtype
+  const void* addend;  // N C P dtype, added to gx
+  void* gx;            // N C P dtype
+  void* gresidual;     // N C P dtype
+  void* gweight;       // (C,)
+  void* gbias;         // (C,)
+  void* mean_h;        // (N, G) of weight times gresidual; written backward, read by the next
+  void* mean_hx;       // (N, G) of that times xh; likewise
+
+  // backward of the backward: cotangents of its results, then gradients of gy, x, residual, weight, bias
+  const void* v;         // N C P dtype, of gx
+  const void* u;         // N C P dtype, of gresidual
+  const void* a_weight;  // (C,) of gweight
+  const void* a_bias;    // (C,) of gbias
+  void* ggy;             // N C P dtype
+  void* gx2;             // N C P dtype
+  void* gresidual2;      // N C P dtype, smooth activations only
+  void* gweight2;        // (C,)
+  void* gbias2;          // (C,)
+
+  void* scratch;  // norm_act_scratch_bytes(p) bytes, 64-byte aligned
+};
+
 // Elementwise, with phi and its derivatives of activations.h:
 //     forward             y = phi(z)
 //     backward            gz = phi'(z) gy
@@ -217,6 +262,10 @@ std::int64_t batch_norm_act_scratch_bytes(const BatchNormAct& p);
 void batch_norm_act_forward(const BatchNormAct& p);
 void batch_norm_act_backward(const BatchNormAct& p);
 void batch_norm_act_backward_backward(const BatchNormAct& p);
+std::int64_t norm_act_scratch_bytes(const NormAct& p);
+void norm_act_forward(const NormAct& p);
+void norm_act_backward(const NormAct& p);
+void norm_act_backward_backward(const NormAct& p);
 void activation(const ActivationPass& p);
 void activation_backward(const ActivationPass& p);
 void activation_backward_backward(const ActivationPass& p);

@@ -47,5 +47,6 @@ void bind_cam_discrepancy(py::module_& m);
 void bind_conv2d(py::module_& m);
 void bind_cross_entropy(py::module_& m);
 void bind_max_pool2d(py::module_& m);
+void bind_norm_act(py::module_& m);
 
 }  // namespace fastinterp

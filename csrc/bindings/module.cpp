@@ -17,4 +17,5 @@ PYBIND11_MODULE(_core, m) {
   bind_conv2d(m);
   bind_cross_entropy(m);
   bind_max_pool2d(m);
+  bind_norm_act(m);
 }

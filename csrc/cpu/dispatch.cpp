@@ -108,6 +108,10 @@ void max_pool2d(const MaxPool2d& p) { FI_CALL(max_pool2d(p)) }
 std::int64_t max_pool2d_scratch_bytes(const MaxPool2d& p) { FI_CALL(max_pool2d_scratch_bytes(p)) }
 void max_pool2d_backward(const MaxPool2d& p) { FI_CALL(max_pool2d_backward(p)) }
 void max_pool2d_backward_backward(const MaxPool2d& p) { FI_CALL(max_pool2d_backward_backward(p)) }
+std::int64_t norm_act_scratch_bytes(const NormAct& p) { FI_CALL(norm_act_scratch_bytes(p)) }
+void norm_act_forward(const NormAct& p) { FI_CALL(norm_act_forward(p)) }
+void norm_act_backward(const NormAct& p) { FI_CALL(norm_act_backward(p)) }
+void norm_act_backward_backward(const NormAct& p) { FI_CALL(norm_act_backward_backward(p)) }
 
 }  // namespace cpu
 }  // namespace fastinterp
