@@ -37,17 +37,22 @@ def _is_compiled(model: nn.Module) -> bool:
 
 @contextmanager
 def borrowed(
-    model: nn.Module, x: torch.Tensor, *, differentiable: bool, evaluation: bool = False
+    model: nn.Module,
+    x: torch.Tensor,
+    *,
+    differentiable: bool,
+    evaluation: bool = False,
+    redraw: bool = True,
 ) -> Iterator[nn.Module]:
     """The model without its wrappers, to be called inside; afterwards it is as it was.
 
-    Buffers are copies, so running statistics stay; the random numbers that the model draws are
-    drawn again by whoever draws next; compiled parts run as they were written.
+    Buffers are copies, so running statistics stay; compiled parts run as they were written.
 
     Args:
         differentiable: a graph is recorded, and attention must have one that can be differentiated
             again.
         evaluation: run in evaluation mode rather than the model's own.
+        redraw: the random numbers drawn inside are drawn again by whoever draws next.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -64,7 +69,8 @@ def borrowed(
     with ExitStack() as stack:
         if compiled:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(_same_random_numbers(x.device))
+        if redraw:
+            stack.enter_context(_same_random_numbers(x.device))
         stack.enter_context(substituted(model, cloned_buffers(model)))
         if evaluation:
             stack.enter_context(eval_mode(model))
