@@ -59,6 +59,7 @@ def test_every_form_of_relu_is_replaced_and_comes_back(form, beta):
 @pytest.mark.parametrize("training", [True, False])
 def test_fused_models(backend, training):
     net, x = ReluNet().double().train(training), images().requires_grad_()
+    net.features[1] = nn.GroupNorm(2, 6).double()
     with softplus_surrogate(net, 5):
         expected = input_gradient(net, x)
     of = [x, *net.parameters()]

@@ -62,6 +62,14 @@ CASES = {
         batch_norm(False, activation="gelu"),
         [MAP, VECTOR, VECTOR, MAP],
     ),
+    **{
+        f"group_norm_act {kind}": (
+            lambda x, w, b, kind=kind: ops.group_norm_act(x, 2, w, b, activation=kind),
+            [MAP, VECTOR, VECTOR],
+        )
+        for kind in ("identity", "relu", "silu")
+    },
+    "linear": (ops.linear, [(3, 4), (5, 4), (5,)]),
     "cross_entropy": (lambda x: ops.cross_entropy(x, Y, reduction="none"), [(3, 4)]),
 }
 FIRST_ORDER = {
@@ -134,7 +142,14 @@ def test_gradients_of_one_order(backend, function, shapes, batched):
     ("function", "shapes"),
     [
         CASES[k]
-        for k in ("conv2d", "avg_pool2d", "activation relu", "activation gelu", "max_pool2d")
+        for k in (
+            "conv2d",
+            "linear",
+            "avg_pool2d",
+            "activation relu",
+            "activation gelu",
+            "max_pool2d",
+        )
     ],
 )
 def test_any_argument_may_have_the_batch(backend, function, shapes):

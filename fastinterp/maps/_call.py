@@ -165,13 +165,21 @@ def gradients(scores: torch.Tensor, z: torch.Tensor, create_graph: bool) -> torc
     except (NoGradientError, torch.OutOfMemoryError):
         raise
     except RuntimeError as error:
-        warnings.warn(
+        _warn_once(
             "the gradients of several classes are computed one after the other, as the model's "
-            f"backward pass cannot be batched (that of fastinterp.fuse(model) may): {error}",
-            RuntimeWarning,
-            stacklevel=2,
+            f"backward pass cannot be batched (that of fastinterp.fuse(model) may): {error}"
         )
         return torch.stack([backward(column) for column in one_class], 1)
+
+
+_warnings: set[str] = set()
+
+
+def _warn_once(message: str) -> None:
+    # catch_warnings makes Python forget what it has shown.
+    if message not in _warnings:
+        _warnings.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
 class NoGradientError(RuntimeError):
