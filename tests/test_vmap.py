@@ -179,3 +179,12 @@ def test_one_convolution_for_all_classes():
     names = [event.name for event in profile.events()]
     assert names.count("aten::convolution_backward") == 1
     assert names.count("aten::threshold_backward") == 1
+
+
+@pytest.mark.parametrize("kind", ["relu", "leaky_relu"])
+def test_what_is_identically_zero_is_none(kind):
+    (x,) = leaves(MAP)
+    (cotangents,) = leaves((7, *MAP))
+    (gradient,) = vmap(ops.activation(x, kind), [x], cotangents)
+    of_x, _ = torch.autograd.grad(gradient.sum(), [x, cotangents], allow_unused=True)
+    assert of_x is None
