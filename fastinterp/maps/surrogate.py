@@ -22,7 +22,7 @@ _RELU = {F.relu, torch.relu, torch.Tensor.relu}
 _RELU_IN_PLACE = {F.relu_, torch.relu_, torch.Tensor.relu_}
 _OPS = torch.ops.fastinterp
 # op -> where its arguments name the activation; its alpha is the next
-_FUSED = {_OPS.activation: 1, _OPS.batch_norm_act: 8}
+_FUSED = {_OPS.activation: 1, _OPS.batch_norm_act: 8, _OPS.norm_act: 6}
 _FUSED |= {op.default: i for op, i in _FUSED.items()}
 
 

@@ -233,6 +233,9 @@ _KINKED = {
 }
 
 
+_FUSED = ("activation", "batch_norm_act", "norm_act")
+
+
 class _KinkFinder(TorchDispatchMode):
     """Notes piecewise linear ops, however the model comes to call them."""
 
@@ -247,7 +250,7 @@ class _KinkFinder(TorchDispatchMode):
             self.found.add(name)
         elif name in ("clamp", "clamp_min") and len(args) > 1 and args[1] == 0:
             self.found.add("clamp at 0")
-        elif namespace == "fastinterp" and name in ("activation", "batch_norm_act"):
+        elif namespace == "fastinterp" and name in _FUSED:
             self.found.update(kind for kind in ("relu", "leaky_relu") if kind in args)
         return func(*args, **(kwargs or {}))
 
