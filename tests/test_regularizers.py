@@ -164,6 +164,18 @@ def test_autocast_channels_last_and_frozen_parameters(name, fused):
     assert net[0][0].weight.grad is None
 
 
+@every_case
+def test_sums_of_low_precision_networks_are_in_float32(name):
+    net, (x, y) = make_net().bfloat16(), batch(torch.bfloat16)
+    value = CASES[name](net, x, y)
+    assert value.dtype == torch.float32 and torch.isfinite(value)
+    if name not in UNSHARED:
+        assert CASES[name](net, x, y, return_logits=True)[1].dtype == torch.float32
+    if name.startswith(("norm", "jacobian", "rrr")):  # the others are differences
+        exact = CASES[name](make_net().bfloat16().double(), x.double(), y)
+        torch.testing.assert_close(value.double(), exact, rtol=0.1, atol=0)
+
+
 @pytest.fixture(scope="module")
 def vit():
     timm = pytest.importorskip("timm")

@@ -184,6 +184,7 @@ def unit(gradient: torch.Tensor) -> torch.Tensor:
 
 def cosine_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Mean of 1 - cos(a_n, b_n) over the examples where neither is zero; 0 if there are none."""
+    a, b = wide(a), wide(b)
     both = a.detach().ne(0).flatten(1).any(1) & b.detach().ne(0).flatten(1).any(1)
     distance = (1 - dot(unit(a), unit(b))).masked_fill(~both, 0)
     return distance.sum() / both.sum().clamp(min=1)
