@@ -224,6 +224,18 @@ def test_examples_without_a_gradient(name):
     assert all(torch.isfinite(g).all() for g in gradients(some, net) + gradients(none, net))
 
 
+@pytest.mark.parametrize("name", ["norm-squared-loss", "llr", "cure"])
+def test_wrapped_models(name):
+    """The second derivative of a compiled graph raises; uncompiled it is there."""
+    net, (x, y) = make_net(), batch()
+    expected = CASES[name](net, x, y)
+    torch.testing.assert_close(CASES[name](nn.DataParallel(net), x, y), expected)
+    compiled = torch.compile(net, backend="aot_eager")
+    with pytest.warns(UserWarning, match="cannot be differentiated twice"):
+        value = CASES[name](compiled, x, y)
+    torch.testing.assert_close(gradients(value, net), gradients(expected, net))
+
+
 @every_case
 def test_errors_name_the_remedy(name):
     net, (x, y) = make_net(), batch()

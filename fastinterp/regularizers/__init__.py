@@ -13,6 +13,10 @@ buffers (running statistics do not move), gradients, hooks; random numbers are d
 ``generator`` or the global one, and only where there is noise. With train-mode batch norm the
 examples of a batch depend on one another, and x and its neighbour are two batches.
 
+A model wrapped in DistributedDataParallel is called without its wrapper, so its gradients are
+reduced between processes only if the wrapper's own forward runs in the same step; safest is to wrap
+a module that holds the model and computes the whole loss.
+
 Where a network is differentiated twice, ``fastinterp.fuse`` makes it cheaper. They raise
 RuntimeError under torch.no_grad() or for a model that cannot be differentiated, TypeError or
 ValueError for images, labels or options out of range.

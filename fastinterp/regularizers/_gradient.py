@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 
@@ -37,11 +38,28 @@ def wide(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside parallel wrappers, whose forward expects one backward of its own, and
+    inside torch.compile, whose graphs cannot be differentiated twice."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):  # its class would import torch._dynamo
+            warnings.warn(
+                "a torch.compile'd model cannot be differentiated twice: the regularizer calls the "
+                "model inside it, uncompiled; fastinterp.compile_step compiles a whole step",
+                stacklevel=4,
+            )
+            model = model._orig_mod
+        else:
+            return model
+
+
 class Borrowed:
     """A model for several differentiable passes; afterwards it is as it was, exceptions included.
 
     It runs in its own mode, on copies of its buffers. Attention takes the math backend, the only
-    one that can be differentiated twice.
+    one that can be differentiated twice. ``model`` is the one it calls, see unwrapped.
 
     Args:
         model: images (N, C, H, W) -> logits (N, K).
@@ -65,11 +83,12 @@ class Borrowed:
         check_images(x, bounds=bounds)
         if x.is_inference():
             raise RuntimeError("x was made under torch.inference_mode(); pass x.clone()")
-        self._model, self._examples, self._y, self._y_checked = model, len(x), y, False
+        self._examples, self._y, self._y_checked = len(x), y, False
+        self.model = unwrapped(model)
 
     def __enter__(self) -> Borrowed:
         with ExitStack() as stack:
-            stack.enter_context(substituted(self._model, cloned_buffers(self._model)))
+            stack.enter_context(substituted(self.model, cloned_buffers(self.model)))
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             self._return = stack.pop_all()
         return self
@@ -79,7 +98,7 @@ class Borrowed:
 
     def logits(self, z: torch.Tensor) -> torch.Tensor:
         """Logits of z, (N, K), float32 at least."""
-        logits = self._model(z)
+        logits = self.model(z)
         if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or len(logits) != len(z):
             seen = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits)
             raise ValueError(
@@ -146,7 +165,7 @@ class Borrowed:
             )
         if grad is None:
             raise RuntimeError(
-                f"the output of {type(self._model).__name__} has no graph back to x: it detaches, "
+                f"the output of {type(self.model).__name__} has no graph back to x: it detaches, "
                 "rounds or runs under no_grad on the way; remove that, or give the part behind it"
             )
         return wide(grad)
