@@ -40,7 +40,7 @@ def test_map_is_differentiable_to_input_and_parameters():
     assert all(p.grad.abs().sum() > 0 for p in (net.conv0.weight, net.head.weight))
 
 
-@pytest.mark.parametrize("target", [10, -1, torch.tensor([0, 10]), torch.tensor([0, 1, 2])])
+@pytest.mark.parametrize("target", [10, -1, torch.tensor([0, 10])])
 def test_target_out_of_range(target):
     with pytest.raises(ValueError, match="target must be None, a class below 10"):
         cam(create_model("small", 1, 10), torch.rand(2, 1, 28, 28), target)

@@ -5,17 +5,22 @@ from __future__ import annotations
 import torch
 
 
-def register_autograd(name: str, backward, setup_context=None) -> None:
+def register_autograd(name: str, backward, setup_context=None, vmap=None) -> None:
     """torch.library.register_autograd for ``fastinterp::name``, without its look at the schema.
 
     That look, for default values our schemas do not have, takes 45 us of every call, more than a
     small layer. As there, the dispatcher's autograd kernel runs the op below autograd and hangs the
     formula on its outputs, so tracers see the op.
 
+    The op also gets a rule for torch.vmap, which runs one backward pass for many classes.
+
     Args:
         name: an op whose schema has neither defaults nor keyword-only arguments nor tensor lists.
         backward: formula(ctx, *grads) -> one gradient or None for every argument.
         setup_context: function(ctx, inputs, output), or None when the formula only refuses.
+        vmap: function(op, size, batched, *args) -> output with the batch first, where that can do
+            better than one call after the other; it may return None. ``batched`` tells which
+            arguments have a batch, of ``size``, which is their first dimension.
     """
     op = getattr(torch.ops.fastinterp, name).default
 
@@ -45,7 +50,33 @@ def register_autograd(name: str, backward, setup_context=None) -> None:
             return function.apply(keyset, *args)
         return run(keyset, args)
 
+    def batching_rule(info, in_dims, *args):
+        batched = [isinstance(dim, int) for dim in in_dims]
+        args = [a.movedim(d, 0) if b else a for a, d, b in zip(args, in_dims, batched, strict=True)]
+        output = None if vmap is None else vmap(op, info.batch_size, batched, *args)
+        if output is None:
+            output = _one_after_the_other(op, info.batch_size, batched, args)
+        return output, tuple(0 for _ in output) if isinstance(output, tuple) else 0
+
     _library.impl(name, kernel, "Autograd", with_keyset=True)
+    torch.library.register_vmap(f"fastinterp::{name}", batching_rule, lib=_library)
+
+
+def _one_after_the_other(op, size, batched, args):
+    # unbind, as the derivative of a select is a tensor of zeros as large as the whole batch.
+    columns = [a.unbind(0) if b else (a,) * size for a, b in zip(args, batched, strict=True)]
+    outputs = [op(*row) for row in zip(*columns, strict=True)]
+    if isinstance(outputs[0], torch.Tensor):
+        return torch.stack(outputs)
+    return tuple(torch.stack(column) for column in zip(*outputs, strict=True))
+
+
+def fold_examples(op, size, batched, x, *args):
+    """``vmap`` of an op of examples x (N, ...) that knows nothing of N elsewhere."""
+    if not batched[0] or any(batched[1:]):
+        return None
+    output = op(x.flatten(0, 1), *args)
+    return output.unflatten(0, (size, x.shape[1]))
 
 
 _library = torch.library.Library("fastinterp", "FRAGMENT")

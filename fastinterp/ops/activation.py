@@ -120,12 +120,16 @@ def _forward(x, kind, alpha):
     return y
 
 
-@torch.library.impl("fastinterp::activation_backward", "CompositeExplicitAutograd")
-def _backward_impl(grad, saved, kind, alpha):
+def _piecewise_linear_backward(grad, saved, kind, alpha):
     if kind == "relu":
         return torch.ops.aten.threshold_backward(grad, saved, 0)
-    if kind == "leaky_relu":
-        return torch.ops.aten.leaky_relu_backward(grad, saved, alpha, alpha >= 0)
+    return torch.ops.aten.leaky_relu_backward(grad, saved, alpha, alpha >= 0)
+
+
+@torch.library.impl("fastinterp::activation_backward", "CompositeExplicitAutograd")
+def _backward_impl(grad, saved, kind, alpha):
+    if kind in _PIECEWISE_LINEAR:
+        return _piecewise_linear_backward(grad, saved, kind, alpha)
     if _backend.choose("activation", saved) == "reference":
         return reference_backward(grad, saved, kind, alpha)
     x = without_gaps(saved)
@@ -203,6 +207,18 @@ def _second_order(ctx, v):
     return ggy if need[0] else None, gx2 if need[1] else None, None, None
 
 
+def _many_gradients_of_one_x(op, size, batched, grad, saved, kind, alpha):
+    """Broadcasts, which keeps one copy of saved, where its own derivative is None."""
+    if not batched[0] or batched[1] or kind not in _PIECEWISE_LINEAR:
+        return None
+    return _piecewise_linear_backward(grad, saved.detach(), kind, alpha)
+
+
 register_autograd("activation", _backward, setup_context=_setup_context)
-register_autograd("activation_backward", _second_order, setup_context=_setup_backward)
+register_autograd(
+    "activation_backward",
+    _second_order,
+    setup_context=_setup_backward,
+    vmap=_many_gradients_of_one_x,
+)
 register_autograd("activation_backward_backward", no_third_order("a smooth activation"))

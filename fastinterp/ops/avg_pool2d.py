@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from fastinterp.ops import _backend
-from fastinterp.ops._autograd import register_autograd, remember_edges
+from fastinterp.ops._autograd import fold_examples, register_autograd, remember_edges
 from fastinterp.ops._layout import memory_format, prefers_channels_last, unfilled
 from fastinterp.ops._window import check_map, check_window, pooled_size
 
@@ -174,5 +174,7 @@ def _second_order(ctx, v):
     return ggy, *(None,) * 9
 
 
-register_autograd("avg_pool2d", _backward, setup_context=_setup_context)
-register_autograd("avg_pool2d_backward", _second_order, setup_context=_setup_backward)
+register_autograd("avg_pool2d", _backward, setup_context=_setup_context, vmap=fold_examples)
+register_autograd(
+    "avg_pool2d_backward", _second_order, setup_context=_setup_backward, vmap=fold_examples
+)

@@ -21,7 +21,13 @@ from __future__ import annotations
 
 import torch
 
-from fastinterp.ops._autograd import needs_grad, register_autograd, remember_edges, wanted
+from fastinterp.ops._autograd import (
+    fold_examples,
+    needs_grad,
+    register_autograd,
+    remember_edges,
+    wanted,
+)
 from fastinterp.ops._layout import memory_format, prefers_channels_last, unfilled
 
 _OPTIONS = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups"
@@ -236,9 +242,17 @@ def _backward_weight_grad(ctx, u):
     return ggy, gx, *(None,) * 5
 
 
-register_autograd("conv2d", _backward, setup_context=_setup_context)
+def _fold_input_grad(op, size, batched, gy, weight, input_size, *options):
+    examples, *image = input_size
+    return fold_examples(op, size, batched, gy, weight, [size * examples, *image], *options)
+
+
+register_autograd("conv2d", _backward, setup_context=_setup_context, vmap=fold_examples)
 register_autograd(
-    "conv2d_input_grad", _backward_input_grad, setup_context=_setup_context_input_grad
+    "conv2d_input_grad",
+    _backward_input_grad,
+    setup_context=_setup_context_input_grad,
+    vmap=_fold_input_grad,
 )
 register_autograd(
     "conv2d_weight_grad",

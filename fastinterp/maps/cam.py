@@ -1,6 +1,6 @@
-"""Interpretation maps.
+"""Class activation map (CAM).
 
-Class activation map (CAM): I_c = sum_k W[c,k] A_k with A the last feature maps and W the weight of
+I_c = sum_k W[c,k] A_k with A the last feature maps and W the weight of
 the linear head behind global average pooling; mean_hw I_c = logit_c (less the head's bias). Raw
 sign, no ReLU, no scaling. Source: Zhou et al., "Learning Deep Features for Discriminative
 Localization" (2016).
@@ -15,13 +15,12 @@ import torch
 from torch import nn
 
 from fastinterp._checks import check_images
-from fastinterp._state import attack_parameters, cloned_buffers, eval_mode, substituted
+from fastinterp._state import attack_parameters, eval_mode, substituted
 from fastinterp.fusion import stock_type
+from fastinterp.maps._call import borrowed
+from fastinterp.maps._layers import UnsupportedModelError, is_global_pool
+from fastinterp.maps._target import at_least_float, parse
 from fastinterp.models._layers import SameConv2d
-
-
-def _is_global_pool(module: nn.Module) -> bool:
-    return isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1), [1, 1])
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -44,25 +43,22 @@ def _last(model: nn.Module, wanted) -> tuple[str, nn.Module] | None:
     return found[-1] if found else None
 
 
-class UnsupportedModelError(ValueError):
-    """The model is not one whose maps this package knows how to find."""
-
-
 class CamNetwork:
     """A classifier seen as feature maps, global average pooling and a linear head.
 
     Args:
         model: maps images (N, C, H, W) to logits (N, K); contains an nn.AdaptiveAvgPool2d(1) whose
             output, flattened, is the input of the last nn.Linear.
-        x: a batch, of which one image is run through the model to see how it is wired.
+        x: a batch, of which one image is run through the model to see how it is wired; None where
+            ``attacked`` is not wanted.
 
     Raises:
         UnsupportedModelError: the model has no such head.
     """
 
-    def __init__(self, model: nn.Module, x: torch.Tensor):
+    def __init__(self, model: nn.Module, x: torch.Tensor | None):
         self.model = model
-        pool, head = _last(model, _is_global_pool), _last(model, _is_linear)
+        pool, head = _last(model, is_global_pool), _last(model, _is_linear)
         if pool is None or head is None:
             missing = "nn.AdaptiveAvgPool2d(1)" if pool is None else "nn.Linear"
             raise UnsupportedModelError(
@@ -76,7 +72,7 @@ class CamNetwork:
                 f"CAM needs a linear head with a weight of its own; that of {self.head_name!r} in "
                 f"{type(model).__name__} is computed from other parameters"
             )
-        self.tail_name = self._find_tail(x[:1])
+        self.tail_name = None if x is None else self._find_tail(x[:1])
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Feature maps (N, C, h, w) and logits (N, K) of one forward pass."""
@@ -207,35 +203,42 @@ def find_cam_network(model: nn.Module, x: torch.Tensor) -> CamNetwork | None:
 
 
 def cam(
-    model: nn.Module, x: torch.Tensor, target: int | torch.Tensor | None = None
-) -> torch.Tensor:
+    model: nn.Module,
+    x: torch.Tensor,
+    target: int | torch.Tensor | None = None,
+    *,
+    detach: bool = False,
+    return_logits: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Class activation maps, differentiable to the input and every parameter.
 
     Args:
-        model: a classifier with global average pooling and a linear head (see CamNetwork).
+        model: a classifier with global average pooling and a linear head (see CamNetwork), run in
+            its own mode.
         x: images (N, C, H, W) in [0,1].
-        target: None for every class, a class index, or int64 (N,) with one class per example.
+        target: None for every class, a class, or int64 (N,) or (N, k).
+        detach: a constant map. Inside torch.no_grad() the map is constant anyway.
+        return_logits: also the logits of x, with the same graph.
 
     Returns:
-        (N, K, h, w) for target None, else (N, 1, h, w); raw sign.
+        (N, 1, h, w) for a class or (N,), (N, k or K, h, w) for (N, k) or None; raw sign; float32,
+        or float64 for float64 features. With return_logits, (map, logits).
 
     Raises:
         UnsupportedModelError: the model has no GAP + linear head.
         TypeError, ValueError: x or target is out of range.
     """
     check_images(x)
-    with substituted(model, cloned_buffers(model)):
-        network = CamNetwork(model, x)
+    classes = parse(target, x)
+    grad = torch.is_grad_enabled() and not detach
+    with torch.set_grad_enabled(grad), borrowed(model, x, differentiable=grad) as net:
+        network = CamNetwork(net, None)
         features, logits = network(x)
-    weight, classes = network.head.weight, logits.shape[1]
-    if target is None:
-        return torch.einsum("kc,nchw->nkhw", weight, features)
-    target = torch.as_tensor(target, device=x.device)
-    if target.shape not in ((), (len(x),)) or (
-        target.numel() and not 0 <= int(target.min()) <= int(target.max()) < classes
-    ):
-        raise ValueError(
-            f"target must be None, a class below {classes}, or one such class per example, "
-            f"got {target.tolist()}"
-        )
-    return torch.einsum("nc,nchw->nhw", weight[target.expand(len(x))], features)[:, None]
+        classes.check_below(logits.shape[1])
+        with torch.autocast(x.device.type, enabled=False):
+            weight, features = at_least_float(network.head.weight), at_least_float(features)
+            if classes.index is None:
+                value = torch.einsum("kc,nchw->nkhw", weight, features)
+            else:
+                value = torch.einsum("nkc,nchw->nkhw", weight[classes.index], features)
+    return (value, logits) if return_logits else value

@@ -1,0 +1,190 @@
+"""Borrowing somebody's model for a map, and differentiating what it says."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fastinterp._state import cloned_buffers, eval_mode, substituted
+
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+_warned_of: weakref.WeakSet = weakref.WeakSet()
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside parallel wrappers and torch.compile."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    while True:
+        if isinstance(model, _WRAPPERS):
+            model = model.module
+        elif isinstance(inner := model._modules.get("_orig_mod"), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    return any(
+        "_orig_mod" in module._modules or module._compiled_call_impl is not None
+        for module in model.modules()
+    )
+
+
+@contextmanager
+def borrowed(
+    model: nn.Module, x: torch.Tensor, *, differentiable: bool, evaluation: bool = False
+) -> Iterator[nn.Module]:
+    """The model without its wrappers, to be called inside; afterwards it is as it was.
+
+    Buffers are copies, so running statistics stay; the random numbers that the model draws are
+    drawn again by whoever draws next; compiled parts run as they were written.
+
+    Args:
+        differentiable: a graph is recorded, and attention must have one that can be differentiated
+            again.
+        evaluation: run in evaluation mode rather than the model's own.
+    """
+    compiled = _is_compiled(model)
+    if compiled and differentiable and model not in _warned_of:
+        _warned_of.add(model)
+        warnings.warn(
+            "the backward pass of a compiled model cannot be differentiated again: fastinterp.maps "
+            "runs the model without torch.compile (fastinterp.compile_step compiles a whole step)",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    model = unwrapped(model)
+    with ExitStack() as stack:
+        if compiled:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(_same_random_numbers(x.device))
+        stack.enter_context(substituted(model, cloned_buffers(model)))
+        if evaluation:
+            stack.enter_context(eval_mode(model))
+        if differentiable:
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        yield model
+
+
+def _same_random_numbers(device: torch.device):
+    if device.type == "cpu":
+        return torch.random.fork_rng(devices=[])
+    # The state cannot be read while a CUDA graph is captured.
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return nullcontext()
+    return torch.random.fork_rng(devices=[device])
+
+
+@contextmanager
+def recording(detach: bool, what: str) -> Iterator[None]:
+    """Gradients are recorded inside: for the map alone when ``detach``, else for its user too.
+
+    Raises:
+        RuntimeError: the user wants a graph where none is recorded.
+    """
+    if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+        yield
+        return
+    if not detach:
+        mode = "inference_mode" if torch.is_inference_mode_enabled() else "no_grad"
+        raise RuntimeError(
+            f"{what} was asked for a map with a graph inside torch.{mode}(): pass detach=True for "
+            f"a constant map, or call it outside"
+        )
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+def leaf(x: torch.Tensor, detach: bool) -> torch.Tensor:
+    """x as something to differentiate to: itself where its own graph is to go on."""
+    if x.requires_grad and not detach:
+        return x
+    x = x.detach()
+    return (x.clone() if x.is_inference() else x).requires_grad_()
+
+
+def run(model: nn.Module, z: torch.Tensor) -> torch.Tensor:
+    """Logits (N, K) of z.
+
+    Raises:
+        ValueError: the model's output is something else.
+    """
+    logits = model(z)
+    if (
+        not isinstance(logits, torch.Tensor)
+        or logits.dim() != 2
+        or len(logits) != len(z)
+        or not logits.is_floating_point()
+    ):
+        seen = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise ValueError(
+            f"the model must return logits (N, K) for N = {len(z)} images, got {seen}; wrap it in "
+            "a module that returns the logits alone"
+        )
+    return logits
+
+
+def gradients(scores: torch.Tensor, z: torch.Tensor, create_graph: bool) -> torch.Tensor:
+    """d sum_n scores[n, c] / dz for each of the k columns, (N, k, *z.shape[1:]).
+
+    One backward pass, for k > 1 of k gradients side by side.
+
+    Raises:
+        RuntimeError: scores do not depend on z through operations that autograd has seen.
+    """
+    if not scores.requires_grad:
+        raise NoGradientError(_NO_GRAPH)
+    k = scores.shape[1]
+    if k == 1:
+        return _gradient(scores, z, torch.ones_like(scores), create_graph)[:, None]
+    one_class = torch.eye(k, dtype=scores.dtype, device=scores.device)
+
+    def backward(column):
+        return _gradient(scores, z, column.expand_as(scores), create_graph, retain_graph=True)
+
+    # torch.vmap knows how to batch convolutions and norms; is_grads_batched of autograd.grad loops.
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "There is a performance drop")
+            return torch.vmap(backward, out_dims=1)(one_class)
+    except (NoGradientError, torch.OutOfMemoryError):
+        raise
+    except RuntimeError as error:
+        warnings.warn(
+            "the gradients of several classes are computed one after the other, as the model's "
+            f"backward pass cannot be batched: {error}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return torch.stack([backward(column) for column in one_class], 1)
+
+
+class NoGradientError(RuntimeError):
+    """What is to be differentiated has no gradient."""
+
+
+_NO_GRAPH = (
+    "the model's output has no gradient to its input: look for torch.no_grad(), detach() or an "
+    "operation that is not differentiable in its forward"
+)
+
+
+def _gradient(scores, z, cotangent, create_graph, retain_graph=None):
+    (gradient,) = torch.autograd.grad(
+        scores,
+        z,
+        cotangent,
+        create_graph=create_graph,
+        retain_graph=retain_graph,
+        allow_unused=True,
+    )
+    if gradient is None:
+        raise NoGradientError(_NO_GRAPH)
+    return gradient
