@@ -39,17 +39,23 @@ def _is_compiled(model: nn.Module) -> bool:
 
 @contextmanager
 def borrowed(
-    model: nn.Module, x: torch.Tensor, *, differentiable: bool, evaluation: bool = False
+    model: nn.Module,
+    x: torch.Tensor,
+    *,
+    differentiable: bool,
+    evaluation: bool = False,
+    rewind: bool = True,
 ) -> Iterator[nn.Module]:
     """The model without its wrappers, to be called inside; afterwards it is as it was.
 
-    Buffers are copies, so running statistics stay; the random numbers that the model draws are
-    drawn again by whoever draws next; compiled parts run as they were written.
+    Buffers are copies, so running statistics stay; compiled parts run as they were written.
 
     Args:
         differentiable: a graph is recorded, and attention must have one that can be differentiated
             again.
         evaluation: run in evaluation mode rather than the model's own.
+        rewind: the random numbers that the model draws are drawn again by whoever draws next. Not
+            for a loss: a loop that draws nothing else would drop the same units at every step.
     """
     compiled = _is_compiled(model)
     if compiled and differentiable and model not in _warned_of:
@@ -64,7 +70,8 @@ def borrowed(
     with ExitStack() as stack:
         if compiled:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(_same_random_numbers(x.device))
+        if rewind:
+            stack.enter_context(_same_random_numbers(x.device))
         stack.enter_context(substituted(model, cloned_buffers(model)))
         if evaluation:
             stack.enter_context(eval_mode(model))
@@ -143,11 +150,11 @@ def gradients(scores: torch.Tensor, z: torch.Tensor, create_graph: bool) -> torc
         raise NoGradientError(_NO_GRAPH)
     k = scores.shape[1]
     if k == 1:
-        return _gradient(scores, z, torch.ones_like(scores), create_graph)[:, None]
+        return vjp(scores, z, torch.ones_like(scores), create_graph)[:, None]
     one_class = torch.eye(k, dtype=scores.dtype, device=scores.device)
 
     def backward(column):
-        return _gradient(scores, z, column.expand_as(scores), create_graph, retain_graph=True)
+        return vjp(scores, z, column.expand_as(scores), create_graph, retain_graph=True)
 
     # torch.vmap knows how to batch convolutions and norms; is_grads_batched of autograd.grad loops.
     try:
@@ -176,7 +183,20 @@ _NO_GRAPH = (
 )
 
 
-def _gradient(scores, z, cotangent, create_graph, retain_graph=None):
+def vjp(
+    scores: torch.Tensor,
+    z: torch.Tensor,
+    cotangent: torch.Tensor,
+    create_graph: bool,
+    retain_graph: bool | None = None,
+) -> torch.Tensor:
+    """d <cotangent, scores> / dz.
+
+    Raises:
+        NoGradientError: scores do not depend on z through operations that autograd has seen.
+    """
+    if not scores.requires_grad:
+        raise NoGradientError(_NO_GRAPH)
     (gradient,) = torch.autograd.grad(
         scores,
         z,

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
-from contextlib import ExitStack
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastinterp._checks import check_images, check_labels
-from fastinterp._state import cloned_buffers, substituted
+from fastinterp.maps._call import borrowed, leaf, run, vjp
+from fastinterp.maps._target import Classes, at_least_float, scores
 
-OF = ("loss", "logit", "log_prob")
 NORMS = ("l1", "l2", "squared")
 _PIXELS = (1, 2, 3)
 
@@ -33,33 +30,20 @@ def positive(name: str, value: float) -> float:
     return value
 
 
-def wide(tensor: torch.Tensor) -> torch.Tensor:
-    """``tensor`` in float32 at least, where sums over pixels and classes belong."""
-    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside parallel wrappers, whose forward expects one backward of its own, and
-    inside torch.compile, whose graphs cannot be differentiated twice."""
-    while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):  # its class would import torch._dynamo
-            warnings.warn(
-                "a torch.compile'd model cannot be differentiated twice: the regularizer calls the "
-                "model inside it, uncompiled; fastinterp.compile_step compiles a whole step",
-                stacklevel=4,
-            )
-            model = model._orig_mod
-        else:
-            return model
+def check_recording() -> None:
+    """Raises RuntimeError where no graph is recorded."""
+    if not torch.is_grad_enabled():
+        raise RuntimeError(
+            "a regularizer differentiates the model: call it outside torch.no_grad() and "
+            "torch.inference_mode()"
+        )
 
 
 class Borrowed:
     """A model for several differentiable passes; afterwards it is as it was, exceptions included.
 
-    It runs in its own mode, on copies of its buffers. Attention takes the math backend, the only
-    one that can be differentiated twice. ``model`` is the one it calls, see unwrapped.
+    It runs in its own mode, on copies of its buffers, see fastinterp.maps._call.borrowed. ``model``
+    is what it calls: the model without wrappers.
 
     Args:
         model: images (N, C, H, W) -> logits (N, K).
@@ -75,40 +59,27 @@ class Borrowed:
         y: torch.Tensor | None,
         bounds: tuple[float, float] | None = (0.0, 1.0),
     ):
-        if not torch.is_grad_enabled():
-            raise RuntimeError(
-                "a regularizer differentiates the model: call it outside torch.no_grad() and "
-                "torch.inference_mode()"
-            )
+        check_recording()
         check_images(x, bounds=bounds)
         if x.is_inference():
             raise RuntimeError("x was made under torch.inference_mode(); pass x.clone()")
         self._examples, self._y, self._y_checked = len(x), y, False
-        self.model = unwrapped(model)
+        self._loan = borrowed(model, x, differentiable=True, rewind=False)
 
     def __enter__(self) -> Borrowed:
-        with ExitStack() as stack:
-            stack.enter_context(substituted(self.model, cloned_buffers(self.model)))
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            self._return = stack.pop_all()
+        self.model = self._loan.__enter__()
         return self
 
     def __exit__(self, *error) -> None:
-        self._return.__exit__(*error)
+        self._loan.__exit__(*error)
 
     def logits(self, z: torch.Tensor) -> torch.Tensor:
         """Logits of z, (N, K), float32 at least."""
-        logits = self.model(z)
-        if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or len(logits) != len(z):
-            seen = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits)
-            raise ValueError(
-                f"the model must give logits ({len(z)}, K), got {seen}; wrap it in a module that "
-                "returns them alone"
-            )
+        logits = run(self.model, z)
         if self._y is not None and not self._y_checked:
             check_labels(self._y, self._examples, logits.shape[1])
             self._y_checked = True
-        return wide(logits)
+        return at_least_float(logits)
 
     def gradient(
         self,
@@ -117,58 +88,38 @@ class Borrowed:
         *,
         create_graph: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gradient with respect to z of a scalar made of the logits, and the logits.
+        """Gradient with respect to z of a score made of the logits, and the logits.
 
         Args:
             z: images, any range; the result depends on them where they require grad.
-            of: one of OF, of the true class and summed over the batch, so that each example's
-                gradient is that of its own score; or a function from logits to a scalar.
+            of: one of fastinterp.maps' scores of the true class, so that each example's gradient is
+                that of its own score; or a function from logits to scores, which are summed.
             create_graph: whether the gradient is to be differentiated.
 
         Returns:
             (N, C, H, W) and (N, K), float32 at least; the logits keep their graph in any case.
         """
-        z = z if z.requires_grad else z.detach().requires_grad_()
+        z = leaf(z, False)
         logits = self.logits(z)
-        return self.derivative(self._score(logits, of), z, create_graph=create_graph), logits
-
-    def _score(self, logits, of):
-        if callable(of):
-            return of(logits)
-        if of == "loss":
-            return F.cross_entropy(logits, self._y, reduction="sum")
-        scores = logits if of == "logit" else logits.log_softmax(1)
-        return scores.gather(1, self._y[:, None]).sum()
+        score = of(logits) if callable(of) else scores(logits, Classes(self._y[:, None], True), of)
+        return derivative(score, z, create_graph=create_graph), logits
 
     def losses(self, logits: torch.Tensor) -> torch.Tensor:
         """Cross-entropy per example, (N,)."""
         return F.cross_entropy(logits, self._y, reduction="none")
 
-    def derivative(
-        self,
-        output: torch.Tensor,
-        z: torch.Tensor,
-        cotangent: torch.Tensor | None = None,
-        *,
-        create_graph: bool = True,
-    ) -> torch.Tensor:
-        """d<cotangent, output>/dz, like z, float32 at least; the graph of output is kept."""
-        grad = None
-        if output.requires_grad:
-            (grad,) = torch.autograd.grad(
-                output,
-                z,
-                cotangent,
-                create_graph=create_graph,
-                retain_graph=True,
-                allow_unused=True,
-            )
-        if grad is None:
-            raise RuntimeError(
-                f"the output of {type(self.model).__name__} has no graph back to x: it detaches, "
-                "rounds or runs under no_grad on the way; remove that, or give the part behind it"
-            )
-        return wide(grad)
+
+def derivative(
+    output: torch.Tensor,
+    z: torch.Tensor,
+    cotangent: torch.Tensor | None = None,
+    *,
+    create_graph: bool = True,
+) -> torch.Tensor:
+    """d <cotangent, output> / dz, float32 at least; the graph of output is kept."""
+    cotangent = torch.ones_like(output) if cotangent is None else cotangent
+    with torch.autocast(z.device.type, enabled=False):
+        return at_least_float(vjp(output, z, cotangent, create_graph, retain_graph=True))
 
 
 def norms(gradient: torch.Tensor, norm: str) -> torch.Tensor:
@@ -203,7 +154,7 @@ def unit(gradient: torch.Tensor) -> torch.Tensor:
 
 def cosine_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Mean of 1 - cos(a_n, b_n) over the examples where neither is zero; 0 if there are none."""
-    a, b = wide(a), wide(b)
+    a, b = at_least_float(a), at_least_float(b)
     both = a.detach().ne(0).flatten(1).any(1) & b.detach().ne(0).flatten(1).any(1)
     distance = (1 - dot(unit(a), unit(b))).masked_fill(~both, 0)
     return distance.sum() / both.sum().clamp(min=1)

@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastinterp import maps
-from fastinterp.regularizers._gradient import OF, Borrowed, one_of, wide
+from fastinterp.maps._target import at_least_float, check_of
+from fastinterp.regularizers._gradient import Borrowed, check_recording, one_of
 from fastinterp.regularizers.gradient import Value
 
 PRIORS = ("total_variation", "gini")
@@ -31,7 +32,7 @@ def total_variation(attribution: torch.Tensor) -> torch.Tensor:
     Priors and Expected Gradients" (2021).
     """
     _check_attribution(attribution, "(N, ..., H, W)", 3)
-    attribution = wide(attribution)
+    attribution = at_least_float(attribution)
     down, right = (attribution.diff(dim=dim).abs().sum() for dim in (-2, -1))
     return (down + right) / len(attribution)
 
@@ -53,7 +54,7 @@ def gini(attribution: torch.Tensor) -> torch.Tensor:
     Source: Erion et al. (2021), see total_variation.
     """
     _check_attribution(attribution, "(N, ...)", 2)
-    size = wide(attribution).abs().mean(0).flatten().sort().values
+    size = at_least_float(attribution).abs().mean(0).flatten().sort().values
     p = len(size)
     rank = torch.arange(1 - p, p, 2, dtype=size.dtype, device=size.device)
     total = size.sum().clamp(min=torch.finfo(size.dtype).tiny)
@@ -110,7 +111,8 @@ def expected_gradients_prior(
 
     Source: Erion et al. (2021), see total_variation.
     """
-    one_of("of", of, OF)
+    check_of(of)
+    check_recording()
     if not callable(prior):
         one_of("prior", prior, PRIORS)
     attribution = maps.expected_gradients(
@@ -167,7 +169,7 @@ def saliency_guided(
     Source: Ismail, Corrada Bravo and Feizi, "Improving Deep Learning Interpretability by Saliency
     Guided Training" (2021).
     """
-    one_of("of", of, OF)
+    check_of(of)
     one_of("fill", fill, FILLS)
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction must lie in (0, 1], got {fraction}")
@@ -195,7 +197,7 @@ def _lowest(score, fraction):
 
 def _filled(x, fill, generator):
     if fill == "mean":
-        return wide(x).mean((2, 3), keepdim=True).to(x)
+        return at_least_float(x).mean((2, 3), keepdim=True).to(x)
     low, high = torch.aminmax(x.flatten(2), dim=2, keepdim=True)
     noise = torch.empty_like(x).uniform_(generator=generator)
     return low[..., None] + (high - low)[..., None] * noise
