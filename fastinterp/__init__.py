@@ -1,6 +1,6 @@
 """Interpretability-aware robust training at the cost of ordinary training."""
 
-from fastinterp import attacks, discrepancy, maps, ops
+from fastinterp import attacks, attr, discrepancy, maps, ops
 from fastinterp.compile import compile_step
 from fastinterp.fusion import fuse, unfuse
 from fastinterp.models import create_model, load_weights
@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 __all__ = [
     "InterpretationRegularizer",
     "attacks",
+    "attr",
     "compile_step",
     "create_model",
     "discrepancy",

@@ -19,8 +19,6 @@ _warned_of: weakref.WeakSet = weakref.WeakSet()
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside parallel wrappers and torch.compile."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     while True:
         if isinstance(model, _WRAPPERS):
             model = model.module
@@ -57,6 +55,8 @@ def borrowed(
         rewind: the random numbers that the model draws are drawn again by whoever draws next. Not
             for a loss: a loop that draws nothing else would drop the same units at every step.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     compiled = _is_compiled(model)
     if compiled and differentiable and model not in _warned_of:
         _warned_of.add(model)
@@ -109,12 +109,14 @@ def recording(detach: bool, what: str) -> Iterator[None]:
         yield
 
 
+def constant(x: torch.Tensor) -> torch.Tensor:
+    """x without its graph, as something that may be part of another."""
+    return x.clone() if x.is_inference() else x.detach()
+
+
 def leaf(x: torch.Tensor, detach: bool) -> torch.Tensor:
     """x as something to differentiate to: itself where its own graph is to go on."""
-    if x.requires_grad and not detach:
-        return x
-    x = x.detach()
-    return (x.clone() if x.is_inference() else x).requires_grad_()
+    return x if x.requires_grad and not detach else constant(x).detach().requires_grad_()
 
 
 def run(model: nn.Module, z: torch.Tensor) -> torch.Tensor:
@@ -166,7 +168,7 @@ def gradients(scores: torch.Tensor, z: torch.Tensor, create_graph: bool) -> torc
     except RuntimeError as error:
         warnings.warn(
             "the gradients of several classes are computed one after the other, as the model's "
-            f"backward pass cannot be batched: {error}",
+            f"backward pass cannot be batched (that of fastinterp.fuse(model) may): {error}",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -14,7 +14,7 @@ class Classes(NamedTuple):
     """Classes to explain, the same number for each example."""
 
     index: torch.Tensor | None  # (N, k) int64; None for every class
-    single: bool  # asked for as one class per example, so maps have no class dimension of their own
+    single: bool  # one class per example, so maps have no class dimension of their own
 
     def of(self, values: torch.Tensor) -> torch.Tensor:
         """The columns of ``values`` (N, K) that belong to the classes, (N, k)."""
@@ -30,6 +30,8 @@ class Classes(NamedTuple):
 
     def check_below(self, classes: int) -> None:
         """Raises ValueError unless every class is one of ``classes``."""
+        if self.index is None and self.single and classes != 1:
+            raise ValueError(f"target must be given: the model has {classes} outputs")
         if self.index is None or self.index.numel() == 0:
             return
         low, high = (v.item() for v in torch.aminmax(self.index))
@@ -40,6 +42,7 @@ class Classes(NamedTuple):
             )
 
 
+@torch.inference_mode(False)  # so that the classes may be part of a graph
 def parse(target, x: torch.Tensor) -> Classes:
     """``target`` as Classes for the batch x.
 
@@ -68,7 +71,7 @@ def parse(target, x: torch.Tensor) -> Classes:
             "target must be None, a class below the number of classes, or int64 of shape "
             f"({n},) or ({n}, k) for this batch, got shape {tuple(target.shape)}"
         )
-    target = target.to(x.device)
+    target = (target.clone() if target.is_inference() else target).to(x.device)
     if target.dim() == 2:
         return Classes(target, single=False)
     return Classes(target.expand(n)[:, None], single=True)

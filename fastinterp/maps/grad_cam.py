@@ -12,13 +12,15 @@ in its authors' code. pytorch-grad-cam does not do the latter.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
 from fastinterp._checks import check_images
-from fastinterp.maps._call import borrowed, gradients, recording, run
+from fastinterp.maps._call import NoGradientError, borrowed, constant, gradients, recording, run
 from fastinterp.maps._layers import UnsupportedModelError, choose, recorded
-from fastinterp.maps._target import at_least_float, parse, scores
+from fastinterp.maps._target import Classes, at_least_float, parse, scores
 
 
 def grad_cam(
@@ -55,9 +57,9 @@ def grad_cam(
         RuntimeError: gradients are disabled and detach is False, or the logits have no gradient to
             the layer.
     """
-    return _grad_cam(
-        "grad_cam", _mean_gradient, model, x, target, layer, relu, detach, return_logits
-    )
+    check_images(x)
+    classes, name = parse(target, x), "grad_cam"
+    return explain_layer(name, mean_gradient, model, x, classes, layer, relu, detach, return_logits)
 
 
 def grad_cam_plus_plus(
@@ -71,17 +73,28 @@ def grad_cam_plus_plus(
     return_logits: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Grad-CAM++ of a spatial layer; arguments, results and errors of grad_cam."""
-    name = "grad_cam_plus_plus"
-    return _grad_cam(name, _plus_plus, model, x, target, layer, relu, detach, return_logits)
-
-
-def _grad_cam(name, weights_of, model, x, target, layer, relu, detach, return_logits):
     check_images(x)
-    classes = parse(target, x)
-    with recording(detach, name), borrowed(model, x, differentiable=not detach) as net:
+    classes, name = parse(target, x), "grad_cam_plus_plus"
+    return explain_layer(name, _plus_plus, model, x, classes, layer, relu, detach, return_logits)
+
+
+def explain_layer(
+    name: str,
+    weights_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    model: nn.Module,
+    x: torch.Tensor,
+    classes: Classes,
+    layer: str | nn.Module | None = None,
+    relu: bool = False,
+    detach: bool = False,
+    return_logits: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """A layer's maps (N, C, h, w) summed with weights_of(gradient (N, k, C, h, w), maps)."""
+    graph = not detach or not classes.single
+    with recording(detach, name), borrowed(model, x, differentiable=graph) as net:
         layer_name, module = choose(net, x, layer)
         with recorded(layer_name, module, detach) as activations:
-            logits = run(net, x.detach() if detach else x)
+            logits = run(net, constant(x) if detach else x)
         if not activations:
             raise UnsupportedModelError(
                 f"layer {layer_name!r} is not called in the model's forward; name another"
@@ -91,23 +104,19 @@ def _grad_cam(name, weights_of, model, x, target, layer, relu, detach, return_lo
             features = activations[-1]
             try:
                 gradient = gradients(scores(logits, classes, "logit"), features, not detach)
-            except RuntimeError as error:
-                raise RuntimeError(f"layer {layer_name!r}: {error}") from error
+            except NoGradientError as error:
+                raise NoGradientError(f"layer {layer_name!r}: {error}") from error
             features = at_least_float(features)
             weights = weights_of(at_least_float(gradient), features)
             value = torch.einsum("nkc,nchw->nkhw", weights, features)
             if relu:
                 value = value.clamp(min=0)
-        return _finished(value, logits, detach, return_logits)
-
-
-def _finished(value, logits, detach, return_logits):
     if detach:
         value, logits = value.detach(), logits.detach()
     return (value, logits) if return_logits else value
 
 
-def _mean_gradient(gradient, features):
+def mean_gradient(gradient, features):
     return gradient.mean((3, 4))
 
 

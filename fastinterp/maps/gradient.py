@@ -13,7 +13,7 @@ from torch import nn
 
 from fastinterp._checks import check_images
 from fastinterp.maps._call import borrowed, gradients, leaf, recording, run
-from fastinterp.maps._target import at_least_float, check_of, parse, scores
+from fastinterp.maps._target import Classes, at_least_float, check_of, parse, scores
 
 
 def input_gradient(
@@ -48,7 +48,8 @@ def input_gradient(
         RuntimeError: gradients are disabled and detach is False, or the output has none.
     """
     check_images(x)
-    return _input_gradient("input_gradient", model, x, target, of, detach, return_logits)
+    classes = parse(target, x)
+    return differentiate("input_gradient", model, x, classes, of, detach, return_logits)
 
 
 def gradient_x_input(
@@ -62,13 +63,22 @@ def gradient_x_input(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Image times gradient, element by element; arguments, results and errors of input_gradient."""
     check_images(x)
-    name = "gradient_x_input"
-    return _input_gradient(name, model, x, target, of, detach, return_logits, times_input=True)
+    classes, name = parse(target, x), "gradient_x_input"
+    return differentiate(name, model, x, classes, of, detach, return_logits, times_input=True)
 
 
-def _input_gradient(name, model, x, target, of, detach, return_logits, times_input=False):
+def differentiate(
+    name: str,
+    model: nn.Module,
+    x: torch.Tensor,
+    classes: Classes,
+    of: str = "logit",
+    detach: bool = False,
+    return_logits: bool = False,
+    times_input: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """input_gradient or gradient_x_input of any x, whatever its range."""
     check_of(of)
-    classes = parse(target, x)
     graph = not detach or not classes.single
     with recording(detach, name), borrowed(model, x, differentiable=graph) as net:
         z = leaf(x, detach)
@@ -77,7 +87,7 @@ def _input_gradient(name, model, x, target, of, detach, return_logits, times_inp
         with torch.autocast(x.device.type, enabled=False):
             value = at_least_float(gradients(scores(logits, classes, of), z, not detach))
             if times_input:
-                value = x[:, None] * value
+                value = (z.detach() if detach else x)[:, None] * value
         if detach:
             value, logits = value.detach(), logits.detach()
     if classes.single:

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from fastinterp._checks import check_images
-from fastinterp.maps._call import borrowed, gradients, leaf, recording, run
+from fastinterp.maps._call import borrowed, constant, gradients, leaf, recording, run
 from fastinterp.maps._target import Classes, at_least_float, check_of, parse, scores
 
 METHODS = ("left", "right", "middle", "trapezoid", "gauss-legendre")
@@ -73,7 +73,7 @@ def integrated_gradients(
         model,
         x,
         parse(target, x),
-        *(baseline, steps, method, internal_batch_size, of, detach, return_delta),
+        *(baseline, steps, method, internal_batch_size, return_delta, of, detach),
     )
 
 
@@ -122,7 +122,7 @@ def expected_gradients(
     baselines = baselines.to(x.device, x.dtype)[drawn.to(x.device)]
     t = t.to(x.device, x.dtype)
     with recording(detach, "expected_gradients"):
-        z, b = (v.detach() if detach else v for v in (x, baselines))
+        z, b = (constant(v) if detach else v for v in (x, baselines))
         points = b + t * (z - b)
         gradient = _at_points(model, points, classes, of, detach, internal_batch_size)
         return _mean((z - b)[:, :, None] * gradient, classes, detach)
@@ -164,7 +164,7 @@ def smooth_grad(
     draws = torch.randn((samples, *x.shape), generator=generator, device=where)
     draws = draws.to(x.device, x.dtype)
     with recording(detach, "smooth_grad"):
-        points = x + noise * draws
+        points = (constant(x) if detach else x) + noise * draws
         gradient = _at_points(model, points, classes, of, detach, internal_batch_size)
         return _mean(gradient, classes, detach)
 
@@ -178,16 +178,16 @@ def along_path(
     steps: int,
     method: str,
     internal_batch_size: int | None,
-    of: str,
-    detach: bool,
     return_delta: bool,
+    of: str = "logit",
+    detach: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """integrated_gradients of any x, whatever its range."""
     check_of(of)
     t, weights = _quadrature(method, steps, x)
     baseline = _broadcast_baseline(baseline, x)
     with recording(detach, name):
-        z, a = (v.detach() if detach else v for v in (x, baseline))
+        z, a = (constant(v) if detach else v for v in (x, baseline))
         points = a + t.view(-1, 1, 1, 1, 1) * (z - a)
         gradient = _at_points(model, points, classes, of, detach, internal_batch_size)
         with torch.autocast(x.device.type, enabled=False):

@@ -67,12 +67,15 @@ def softplus_surrogate(model: nn.Module, beta: float = 10.0) -> Iterator[None]:
     if not 0 < beta < math.inf:
         raise ValueError(f"beta must be a finite number > 0, got {beta}")
     model = unwrapped(model)
-    attributes, original = model.__dict__, model.forward
+    attributes = model.__dict__
+    # Of nested contexts the inner one counts.
+    original = getattr(model.forward, "without_surrogate", model.forward)
 
     def forward(*args, **kwargs):
         with _Softplus(float(beta)):
             return original(*args, **kwargs)
 
+    forward.without_surrogate = original
     own = attributes.get("forward")
     attributes["forward"] = forward
     try:
