@@ -6,8 +6,8 @@
     alignment.py        explanations of x and of a neighbour of x
     priors.py           smooth, sparse or sufficient explanations
 
-The functions are called name(model, x, y, *, ...) and give a scalar, the mean over the batch, which
-differentiates through the gradients inside it to every parameter. The model computes in its own
+The functions are called name(model, x, y, *, ...), two priors name(attribution), and give a scalar,
+the mean over the batch, which differentiates through the gradients inside it to every parameter. The model computes in its own
 mode, where a docstring does not say otherwise, and nothing of the user's is left changed: flags,
 buffers (running statistics do not move), gradients, hooks; random numbers are drawn from
 ``generator`` or the global one, and only where there is noise. With train-mode batch norm the
