@@ -27,6 +27,9 @@ CONVOLUTIONS = [
     ((32, 512, 4, 4), 512, 3, 1),
     ((32, 64, 32, 32), 128, 1, 2),
 ]
+# N, C, H, W and groups; rows and features: CIFAR-sized networks with group norm, ViT-S and ViT-Ti
+GROUPED_MAPS = [((32, 64, 28, 28), 32), ((32, 256, 14, 14), 32), ((8, 32, 8, 8), 8)]
+ROWS = [(32 * 196, 384), (16 * 197, 192), (32, 64)]
 
 
 def three_orders(function, x, others, c, v):
@@ -78,6 +81,40 @@ def test_batch_norm_relu(compare, shape, dtype, layout):
 
     others = [torch.rand(channels) + 0.5, torch.randn(channels)]
     run(compare, str(shape), ours, eager, shape, others, dtype, layout)
+
+
+def with_activation(y, activation):
+    return y if activation == "identity" else getattr(F, activation)(y)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ["identity", "relu"])
+@pytest.mark.parametrize(("shape", "groups"), GROUPED_MAPS, ids=str)
+def test_group_norm(compare, shape, groups, activation, dtype, layout):
+    def ours(x, weight, bias):
+        return ops.group_norm_act(x, groups, weight, bias, activation=activation)
+
+    def eager(x, weight, bias):
+        return with_activation(F.group_norm(x, groups, weight, bias), activation)
+
+    others = [t.to(DTYPES[dtype]) for t in (torch.rand(shape[1]) + 0.5, torch.randn(shape[1]))]
+    case = f"{activation} {shape} / {groups}"
+    run(compare, case, ours, eager, shape, others, dtype, layout)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ["identity", "gelu"])
+@pytest.mark.parametrize("shape", ROWS, ids=str)
+def test_layer_norm(compare, shape, activation, dtype):
+    def ours(x, weight, bias):
+        return ops.layer_norm_act(x, shape[1], weight, bias, activation=activation)
+
+    def eager(x, weight, bias):
+        return with_activation(F.layer_norm(x, shape[1:], weight, bias), activation)
+
+    others = [t.to(DTYPES[dtype]) for t in (torch.rand(shape[1]) + 0.5, torch.randn(shape[1]))]
+    run(compare, f"{activation} {shape}", ours, eager, shape, others, dtype, "NCHW")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

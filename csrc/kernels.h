@@ -125,6 +125,51 @@ struct BatchNormAct {
   void* scratch;  // batch_norm_act_scratch_bytes(p) bytes, 64-byte aligned
 };
 
+// y = activation(weight xh + bias + residual), xh = (x - mean) rstd with the statistics of each
+// example's G groups of channels, and its first two derivatives; formulas in cpu/norm_act.cpp. Layouts
+// and null pointers as above.
+struct NormAct {
+  DType dtype;
+  Activation activation;
+  double alpha;
+  double eps;
+  std::int64_t examples, channels, pixels, groups;  // N, C, P, G
+  bool channels_last;
+  int threads;
+
+  const void* x;         // N C P dtype
+  const void* residual;  // N C P dtype
+  const void* weight;    // (C,)
+  const void* bias;      // (C,)
+  void* mean;            // (N, G) written forward, read backward
+  void* rstd;            // (N, G) likewise
+
+  void* y;  // N C P dtype
+
+  // backward
+  const void* gy;      // N C P dtype
+  const void* addend;  // N C P dtype, added to gx
+  void* gx;            // N C P dtype
+  void* gresidual;     // N C P dtype
+  void* gweight;       // (C,)
+  void* gbias;         // (C,)
+  void* mean_h;        // (N, G) of weight times gresidual; written backward, read by the next
+  void* mean_hx;       // (N, G) of that times xh; likewise
+
+  // backward of the backward: cotangents of its results, then gradients of gy, x, residual, weight, bias
+  const void* v;         // N C P dtype, of gx
+  const void* u;         // N C P dtype, of gresidual
+  const void* a_weight;  // (C,) of gweight
+  const void* a_bias;    // (C,) of gbias
+  void* ggy;             // N C P dtype
+  void* gx2;             // N C P dtype
+  void* gresidual2;      // N C P dtype, smooth activations only
+  void* gweight2;        // (C,)
+  void* gbias2;          // (C,)
+
+  void* scratch;  // norm_act_scratch_bytes(p) bytes, 64-byte aligned
+};
+
 // Elementwise, with phi and its derivatives of activations.h:
 //     forward             y = phi(z)
 //     backward            gz = phi'(z) gy
@@ -195,6 +240,18 @@ struct MaxPool2d {
   void* scratch;  // max_pool2d_scratch_bytes(p) bytes, which may be none, 64-byte aligned
 };
 
+// gweight[o, i, j, c] = sum_p gy[p, o] x[window(p)[i, j], c]
+struct Conv2dWeightGrad {
+  std::int64_t examples, channels, out_channels;                // N, C, O
+  std::int64_t x_size[2], y_size[2];                            // H, W of x and of gy
+  std::int64_t kernel[2], stride[2], padding[2], dilation[2];
+  const void* gy;  // (N, H', W', O) bf16
+  const void* x;   // (N, H, W, C) bf16
+  void* gweight;   // (O, kh, kw, C) bf16
+  int threads;
+  void* scratch;   // conv2d_weight_grad_scratch_bytes(p) bytes, 64-byte aligned
+};
+
 namespace cpu {
 const char* instruction_set();  // the variant chosen at run time: "baseline", "avx2" or "avx512"
 void attack_step(const AttackStep& p);
@@ -205,6 +262,10 @@ std::int64_t batch_norm_act_scratch_bytes(const BatchNormAct& p);
 void batch_norm_act_forward(const BatchNormAct& p);
 void batch_norm_act_backward(const BatchNormAct& p);
 void batch_norm_act_backward_backward(const BatchNormAct& p);
+std::int64_t norm_act_scratch_bytes(const NormAct& p);
+void norm_act_forward(const NormAct& p);
+void norm_act_backward(const NormAct& p);
+void norm_act_backward_backward(const NormAct& p);
 void activation(const ActivationPass& p);
 void activation_backward(const ActivationPass& p);
 void activation_backward_backward(const ActivationPass& p);
@@ -216,6 +277,11 @@ void max_pool2d(const MaxPool2d& p);
 std::int64_t max_pool2d_scratch_bytes(const MaxPool2d& p);
 void max_pool2d_backward(const MaxPool2d& p);
 void max_pool2d_backward_backward(const MaxPool2d& p);
+
+// Whether this build, processor and kernel have AMX tiles for bfloat16; these two need them.
+bool amx_bf16();
+std::int64_t conv2d_weight_grad_scratch_bytes(const Conv2dWeightGrad& p);
+void conv2d_weight_grad(const Conv2dWeightGrad& p);
 }  // namespace cpu
 
 #ifdef FASTINTERP_WITH_CUDA

@@ -7,15 +7,21 @@ With d_c the distance between the maps of class c, t the true class and t' the p
     two       (d_t + d_t') / 2
     all       mean_c d_c
     weighted  d_t + sum_{i != t} q_i d_i,  q = softmax of f(x') over the classes other than t
+
+    l1  sum |a - b|     l2  ||a - b||     squared_l2  ||a - b||^2
+    cosine  1 - a.b / (||a|| ||b||)       pearson  the same of a and b less their means
 """
 
 from __future__ import annotations
 
 import torch
+from torch.nn import functional as F
 
 from fastinterp.ops import cam_discrepancy
+from fastinterp.ops.cam_discrepancy import NORMS as FUSED_NORMS
 
 CLASSES = ("one", "two", "all", "weighted")
+NORMS = ("l1", "l2", "squared_l2", "cosine", "pearson")
 NORMALIZE = ("none", "pixels")
 
 
@@ -49,6 +55,46 @@ def class_weights(classes: str, logits_adv: torch.Tensor, y: torch.Tensor) -> to
     raise ValueError(f"classes must be one of {', '.join(CLASSES)}, got {classes!r}")
 
 
+def map_distance(
+    maps: torch.Tensor, maps_adv: torch.Tensor, norm: str = "l1", normalize: str = "none"
+) -> torch.Tensor:
+    """Distance between two maps of every class.
+
+    Args:
+        maps, maps_adv: (N, k, ...), the maps of k classes of x and of x', same shape.
+        norm: one of NORMS.
+        normalize: "none", or "pixels" to divide by the number of values of a map, (...).
+
+    Returns:
+        (N, k), float32 or float64, >= 0; differentiable with respect to both any number of times.
+        A constant map has no direction: its cosine or Pearson distance is 1, its gradient 0.
+
+    Raises:
+        ValueError: shapes differ, or norm or normalize is unknown.
+    """
+    if norm not in NORMS:
+        raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
+    if normalize not in NORMALIZE:
+        raise ValueError(f"normalize must be one of {', '.join(NORMALIZE)}, got {normalize!r}")
+    if maps.dim() < 3 or maps.shape != maps_adv.shape:
+        raise ValueError(
+            "maps and maps_adv must both be (N, k, ...), got "
+            f"{tuple(maps.shape)} and {tuple(maps_adv.shape)}"
+        )
+    a, b = (m.flatten(2).to(torch.promote_types(m.dtype, torch.float32)) for m in (maps, maps_adv))
+    if norm == "l1":
+        distance = (a - b).abs().sum(2)
+    elif norm == "l2":
+        distance = torch.linalg.vector_norm(a - b, dim=2)
+    elif norm == "squared_l2":
+        distance = (a - b).square().sum(2)
+    else:
+        if norm == "pearson":
+            a, b = (m - m.mean(2, keepdim=True) for m in (a, b))
+        distance = 1 - F.cosine_similarity(a, b, dim=2)
+    return distance if normalize == "none" else distance / a.shape[2]
+
+
 def discrepancy(
     features: torch.Tensor,
     features_adv: torch.Tensor,
@@ -60,7 +106,7 @@ def discrepancy(
     norm: str = "l1",
     normalize: str = "none",
 ) -> torch.Tensor:
-    """CAM discrepancy D between x and x', per example.
+    """CAM discrepancy D between x and x', per example; l1 and l2 never hold the class maps.
 
     Args:
         features, features_adv: last feature maps of x and x', (N, C, h, w).
@@ -68,7 +114,7 @@ def discrepancy(
         logits_adv: logits of x', (N, K).
         y: true classes, int64 (N,).
         classes: one of CLASSES; the paper trains with "weighted".
-        norm: "l1" or "l2" over the pixels.
+        norm: one of NORMS, over the pixels.
         normalize: "none" (released code) or "pixels" (divide by h w, which makes a map sum to its
             logit and Proposition 1 hold).
 
@@ -78,5 +124,13 @@ def discrepancy(
     if normalize not in NORMALIZE:
         raise ValueError(f"normalize must be one of {', '.join(NORMALIZE)}, got {normalize!r}")
     weights = class_weights(classes, logits_adv, y)
-    value, _ = cam_discrepancy(features, features_adv, head, weights, norm)
-    return value if normalize == "none" else value / (features.shape[2] * features.shape[3])
+    if norm in FUSED_NORMS:
+        value, _ = cam_discrepancy(features, features_adv, head, weights, norm)
+        return value if normalize == "none" else value / features.shape[2:].numel()
+    maps = (class_maps(f, head) for f in (features, features_adv))
+    return (weights * map_distance(*maps, norm, normalize)).sum(1)
+
+
+def class_maps(features: torch.Tensor, head: torch.Tensor | None) -> torch.Tensor:
+    """I_k = sum_c head[k, c] features[:, c], (N, K, h, w); the features themselves for None."""
+    return features if head is None else torch.einsum("kc,nchw->nkhw", head, features)

@@ -1,22 +1,39 @@
 """Training objectives, by the paper's names.
 
-    method   minimised            maximised over x'
-    normal   CE(x)                -
-    adv      CE(x')               CE(x')
-    int      CE(x) + gamma D      D
+    method         minimised                 maximised over x'
+    normal         CE(x)                     -
+    adv            CE(x')                    CE(x')
+    trades         CE(x) + beta KL           KL(p(x) || p(x'))
+    int            CE(x) + gamma D           D, the weighted all-class discrepancy of CAMs
+    int-one-class  CE(x) + gamma d_t         d_t, that of the true class alone
+    int-adv        CE(x') + gamma D          CE(x') + gamma D
+    int2           CE(x) + gamma D           CE(x')
+    int2-adv       CE(x') + gamma D          CE(x')
+    ig-norm        CE(x) + lambda ||IG||_1   ||IG||_1, IG of the loss along the path x -> x'
+    ig-norm-sum    CE(x') + lambda ||IG||_1  the same sum
 
-Source: Boopathy et al. (ICML 2020); adv: Madry et al. (2018).
+Source: Boopathy et al. (ICML 2020); adv: Madry et al. (2018); trades: Zhang et al. (2019); ig-norm:
+Chen et al., "Robust Attribution Regularization" (2019).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fastinterp.attacks import pgd
+from fastinterp._state import attack_parameters, cloned_buffers, eval_mode, substituted
+from fastinterp.attacks import attacked, maximise, pgd
+from fastinterp.fusion import fuse
 from fastinterp.maps import CamNetwork, find_cam_network
+from fastinterp.maps._target import parse
+from fastinterp.maps.integrated import along_path
 from fastinterp.regularizers import InterpretationRegularizer
+
+IG_WEIGHTINGS = ("sum", "batch-mean")
 
 
 class Objective(nn.Module):
@@ -26,11 +43,30 @@ class Objective(nn.Module):
         model: images (N, C, H, W) in [0,1] -> logits (N, K).
         step_size, steps: of the inner maximisation, in units of x.
         gamma: weight of the discrepancy.
+        beta: weight of TRADES' divergence.
+        ig_weight: lambda, weight of the integrated gradients' norm.
+        ig_steps: points of their path.
+        ig_weighting: "sum", the gradient of each example's own loss, as IG-Norm's authors; or
+            "batch-mean", of the mean over the batch of N, which makes the weight lambda / N, as
+            the networks were trained that Boopathy et al. released.
     """
 
-    def __init__(self, model: nn.Module, *, step_size: float, steps: int, gamma: float = 0.01):
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        step_size: float,
+        steps: int,
+        gamma: float = 0.01,
+        beta: float = 1.0,
+        ig_weight: float = 1.0,
+        ig_steps: int = 5,
+        ig_weighting: str = "sum",
+    ):
         super().__init__()
-        self.model, self.step_size, self.steps, self.gamma = model, step_size, steps, gamma
+        self.model, self.gamma, self.beta = model, gamma, beta
+        self.ig_weight, self.ig_steps, self.ig_weighting = ig_weight, ig_steps, ig_weighting
+        self._attack = dict(step_size=step_size, steps=steps)
         self._network: CamNetwork | None = None  # made once: a loop's model stays what it is
 
     def forward(
@@ -47,44 +83,77 @@ class Objective(nn.Module):
         Returns:
             The scalar to minimise and detached scalars to log.
         """
+        if eps == 0:
+            ce = F.cross_entropy(self.model(x), y)
+            return ce, {"ce": ce.detach(), **{part: torch.zeros_like(ce) for part in self.PARTS}}
+        return self.attacked_loss(x, y, eps, start)
+
+    PARTS: tuple[str, ...] = ()  # what is logged beside CE
+
+    def attacked_loss(self, x, y, eps, start):
         raise NotImplementedError
+
+    def _found_network(self, x) -> CamNetwork | None:
+        if self._network is None:
+            self._network = find_cam_network(self.model, x)
+        return self._network
 
 
 class Normal(Objective):
     def forward(self, x, y, eps, start):
-        loss = F.cross_entropy(self.model(x), y)
-        return loss, {}
+        return F.cross_entropy(self.model(x), y), {}
 
 
 class Adv(Objective):
     def forward(self, x, y, eps, start):
         if eps > 0:
-            if self._network is None:
-                self._network = find_cam_network(self.model, x)
-            x = pgd(
-                self.model,
-                x,
-                y,
-                eps=eps,
-                step_size=self.step_size,
-                steps=self.steps,
-                start=start,
-                network=self._network,
-            )
+            network = self._found_network(x)
+            x = pgd(self.model, x, y, eps=eps, start=start, network=network, **self._attack)
         return F.cross_entropy(self.model(x), y), {}
 
 
+class Trades(Objective):
+    PARTS = ("kl",)
+
+    def attacked_loss(self, x, y, eps, start):
+        with attacked(self.model, self._found_network(x)) as logits:
+            with torch.no_grad():
+                clean = logits(x).log_softmax(1)
+            x_adv = maximise(
+                lambda z: _kl(clean, logits(z).log_softmax(1)),
+                x,
+                eps=eps,
+                start=start,
+                **self._attack,
+            )
+        logits, log_p_adv = self.model(x), self.model(x_adv).log_softmax(1)
+        ce, kl = F.cross_entropy(logits, y), _kl(logits.log_softmax(1), log_p_adv).mean()
+        return ce + self.beta * kl, {"ce": ce.detach(), "kl": kl.detach()}
+
+
+def _kl(log_p, log_q):
+    """KL(p || q) per example."""
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)
+
+
 class Int(Objective):
-    def __init__(self, model, *, step_size, steps, gamma=0.01):
-        super().__init__(model, step_size=step_size, steps=steps, gamma=gamma)
+    """The family of the interpretability-aware objectives.
+
+    Args:
+        classes, inner: of InterpretationRegularizer.
+        adversarial: cross-entropy of x' instead of x.
+    """
+
+    PARTS = ("discrepancy",)
+
+    def __init__(self, model, *, classes="weighted", inner="discrepancy", adversarial=False, **how):
+        super().__init__(model, **how)
+        self.adversarial = adversarial
         self.regularizer = InterpretationRegularizer(
-            "cam", classes="weighted", eps=0.0, step_size=step_size, steps=steps
+            "cam", classes=classes, inner=inner, inner_weight=self.gamma, eps=0.0, **self._attack
         )
 
-    def forward(self, x, y, eps, start):
-        if eps == 0:
-            ce = F.cross_entropy(self.model(x), y)
-            return ce, {"ce": ce.detach(), "discrepancy": torch.zeros_like(ce)}
+    def attacked_loss(self, x, y, eps, start):
         if self._network is None:
             self._network = CamNetwork(self.model, x)
         value, aux = self.regularizer(
@@ -97,8 +166,50 @@ class Int(Objective):
             validate=False,
             network=self._network,
         )
-        ce = F.cross_entropy(aux.logits, y)
+        ce = F.cross_entropy(aux.logits_adv if self.adversarial else aux.logits, y)
         return ce + self.gamma * value, {"ce": ce.detach(), "discrepancy": value.detach()}
 
 
-METHODS: dict[str, type[Objective]] = {"normal": Normal, "adv": Adv, "int": Int}
+class IgNorm(Objective):
+    """The model is fused: its input gradients are differentiated at every step of the attack."""
+
+    PARTS = ("ig_norm",)
+
+    def __init__(self, model, *, adversarial=False, **how):
+        super().__init__(fuse(model), **how)
+        self.adversarial = adversarial
+
+    def attacked_loss(self, x, y, eps, start):
+        model = self.model
+        classes = parse(y, x)
+        weight = self.ig_weight / (len(x) if self.ig_weighting == "batch-mean" else 1)
+
+        def penalty(z):
+            ig = along_path("ig-norm", model, z, classes, x, self.ig_steps, "right", of="loss")
+            return weight * ig.abs().flatten(1).sum(1)
+
+        def raised(z):
+            if not self.adversarial:
+                return penalty(z)
+            return F.cross_entropy(model(z), y, reduction="none") + penalty(z)
+
+        tensors = {**cloned_buffers(model), **attack_parameters(model)}
+        with substituted(model, tensors), eval_mode(model):
+            x_adv = maximise(raised, x, eps=eps, start=start, **self._attack)
+        ce = F.cross_entropy(model(x_adv if self.adversarial else x), y)
+        norm = penalty(x_adv).mean()
+        return ce + norm, {"ce": ce.detach(), "ig_norm": norm.detach()}
+
+
+METHODS: dict[str, Callable[..., Objective]] = {
+    "normal": Normal,
+    "adv": Adv,
+    "trades": Trades,
+    "int": Int,
+    "int-one-class": partial(Int, classes="one"),
+    "int-adv": partial(Int, inner="ce+discrepancy", adversarial=True),
+    "int2": partial(Int, inner="ce"),
+    "int2-adv": partial(Int, inner="ce", adversarial=True),
+    "ig-norm": IgNorm,
+    "ig-norm-sum": partial(IgNorm, adversarial=True),
+}

@@ -8,6 +8,7 @@ from torch._subclasses import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import fastinterp
 from fastinterp.ops import conv2d
 
 module = importlib.import_module("fastinterp.ops.conv2d")
@@ -99,8 +100,8 @@ def test_weight_gradient_as_a_product(monkeypatch, case):
     """Where it is faster the weight gradient is one matrix product; here, wherever it is right."""
     taken = []
 
-    def eligible(gy, x, weight_size, groups):
-        taken.append(groups == 1 and module.prefers_channels_last(x))
+    def eligible(gy, weight_size, groups):
+        taken.append(groups == 1)
         return taken[-1]
 
     monkeypatch.setattr(module, "_product_is_faster", eligible)
@@ -115,8 +116,77 @@ def test_weight_gradient_as_a_product(monkeypatch, case):
         for value, true in zip(got[order], exact[order], strict=True):
             if value is not None:
                 torch.testing.assert_close(value, true, rtol=1e-10, atol=1e-10)
-    expected = options.get("groups", 1) == 1 and len(size) == 4
-    assert any(taken) == expected
+    assert any(taken) == (options.get("groups", 1) == 1)
+
+
+needs_tiles = pytest.mark.skipif(
+    not getattr(fastinterp._native.core, "amx_bf16", False), reason="no AMX tiles on this machine"
+)
+TILE_CASES = [  # N, C, O, H, W, kernel, stride, padding, dilation
+    (2, 16, 16, 8, 8, (3, 3), (1, 1), (1, 1), (1, 1)),
+    (2, 3, 20, 9, 9, (3, 3), (2, 2), (1, 1), (1, 1)),
+    (3, 40, 24, 7, 5, (1, 1), (2, 2), (0, 0), (1, 1)),
+    (2, 17, 33, 11, 14, (5, 3), (2, 1), (2, 0), (1, 1)),
+    (2, 16, 16, 12, 9, (3, 3), (1, 1), (2, 3), (2, 3)),
+    (2, 16, 48, 9, 9, (3, 3), (3, 3), (0, 0), (1, 1)),
+    (1, 48, 80, 30, 17, (3, 3), (1, 1), (1, 1), (1, 1)),
+    (2, 64, 64, 64, 64, (3, 3), (1, 1), (1, 1), (1, 1)),  # several parts
+    (3, 8, 8, 6, 6, (4, 4), (2, 2), (1, 1), (1, 1)),
+    (1, 8, 8, 3, 3, (3, 3), (1, 1), (2, 2), (1, 1)),
+    (4, 16, 16, 1, 1, (1, 1), (1, 1), (0, 0), (1, 1)),
+    (2, 5, 5, 10, 10, (7, 7), (1, 1), (3, 3), (1, 1)),
+    (2, 16, 32, 5, 5, (1, 1), (4, 4), (2, 2), (1, 1)),  # taps that see padding alone
+]
+
+
+@pytest.mark.skipif(
+    not getattr(fastinterp._native.core, "amx_bf16", False), reason="no AMX tiles on this machine"
+)
+@pytest.mark.parametrize("case", TILE_CASES, ids=str)
+def test_weight_gradient_on_tiles(monkeypatch, case):
+    """As accurate as oneDNN's, the same bits for any number of threads, every element written."""
+    n, channels, out_channels, height, width, kernel, *options = case
+    x = torch.randn(n, channels, height, width).bfloat16().to(memory_format=LAST)
+    size = (out_channels, channels, *kernel)
+    y = F.conv2d(x, torch.zeros(size).bfloat16(), None, *options)
+    gy = torch.randn(y.shape).bfloat16().to(memory_format=LAST)
+    unfilled = module.unfilled
+    monkeypatch.setattr(module, "unfilled", lambda *a: unfilled(*a).fill_(torch.nan))
+    plain = module._weight_grad_by_torch(gy, x, size, *options, 1)
+    exact = torch.nn.grad.conv2d_weight(x.double(), size, gy.double(), *options)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(module._weight_grad_tiles(gy, x, size, *options))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(result, results[0]) for result in results)
+    assert_as_accurate(results[0], plain, exact, 3)
+    # oneDNN sets the tiles up for itself; neither may disturb the other.
+    assert torch.equal(module._weight_grad_by_torch(gy, x, size, *options, 1), plain)
+
+
+@pytest.mark.skipif(
+    not getattr(fastinterp._native.core, "amx_bf16", False), reason="no AMX tiles on this machine"
+)
+def test_tiles_are_used_where_they_are_faster(monkeypatch):
+    calls = []
+    tiles = module._weight_grad_tiles
+    monkeypatch.setattr(module, "_weight_grad_tiles", lambda *a: calls.append(1) or tiles(*a))
+    for backend, dtype, layout, expected in (
+        ("auto", torch.bfloat16, LAST, 1),
+        ("cpu", torch.bfloat16, LAST, 1),
+        ("reference", torch.bfloat16, LAST, 0),
+        ("auto", torch.float32, LAST, 0),
+        ("auto", torch.bfloat16, NCHW, 1),
+    ):
+        monkeypatch.setenv("FASTINTERP_BACKEND", backend)
+        x, weight = torch.randn(2, 64, 8, 8), torch.randn(64, 64, 3, 3, requires_grad=True)
+        calls.clear()
+        conv2d(x.to(dtype, memory_format=layout), weight.to(dtype), padding=1).sum().backward()
+        assert len(calls) == expected, (backend, dtype, layout)
 
 
 @pytest.mark.parametrize("case", CASES[:-2], ids=IDS[:-2])

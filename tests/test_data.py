@@ -384,6 +384,6 @@ def test_batch(device, dtype):
 
 
 def test_unknown_name():
-    with pytest.raises(ValueError, match="'mnits'; there are: digits, mnist, cifar10"):
+    with pytest.raises(ValueError, match="'mnits'; there are: digits, mnist, cifar10, restricted"):
         load_dataset("mnits")
-    assert DATASETS == ("digits", "mnist", "cifar10")
+    assert DATASETS == ("digits", "mnist", "cifar10", "restricted-imagenet")

@@ -69,6 +69,43 @@ class Activations(nn.Module):
         return self.fc((F.softplus(self.bns[9](x) + 1) + self.bns[10](x).relu()).mean((2, 3)))
 
 
+class GroupBlock(nn.Module):
+    """Group norms as the batch norms of a residual block."""
+
+    def __init__(self, channels=6):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm1 = nn.GroupNorm(3, channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(2, channels, affine=False)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        y = self.norm2(self.conv2(self.relu(self.norm1(self.conv1(x)))))
+        return self.relu(y + x)
+
+
+class Norms(nn.Module):
+    """Layer and group norms, modules and functions, alone or with an activation or an addition."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 6, 2, 2), nn.GroupNorm(2, 6), nn.SiLU(inplace=True))
+        self.block = GroupBlock()
+        self.norm, self.pre = nn.LayerNorm(6), nn.LayerNorm((16, 6), bias=False)
+        self.mlp = nn.Sequential(nn.Linear(6, 9), nn.LayerNorm(9, eps=1e-3), nn.GELU())
+        self.weight = nn.Parameter(torch.rand(9))
+        self.post, self.fc = nn.GroupNorm(3, 9), nn.Linear(9, 5)
+
+    def forward(self, x):
+        x = self.block(self.stem(x)).flatten(2).transpose(1, 2)
+        x = F.softplus(self.norm(x) + self.pre(x))
+        x = self.mlp(x)
+        x = F.gelu(F.layer_norm(x, (9,), self.weight, eps=1e-4)) + F.layer_norm(x, (9,))
+        x = F.group_norm(x.transpose(1, 2), 3, self.weight, self.weight)
+        return self.fc(F.leaky_relu(self.post(x), 0.2).mean(2))
+
+
 class Dropping(nn.Module):
     def __init__(self):
         super().__init__()
@@ -140,10 +177,10 @@ def whats(report):
 # ---- same results
 
 
-@pytest.mark.parametrize("make", [Net, Activations, Dropping])
+@pytest.mark.parametrize("make", [Net, Activations, Dropping, Norms])
 def test_hand_written_networks(make, backend):
     report = assert_fusing_changes_nothing(make(), images())
-    assert not [e for e in report.left if e.what in ("Net", "Block", "Activations", "Dropping")]
+    assert not [e for e in report.left if hasattr(sys.modules[__name__], e.what)]
     if make is Net:
         assert [e.name for e in report.fused if e.what == "BatchNorm2d + add + ReLU"] == [
             "blocks.0.bn2",
@@ -152,6 +189,19 @@ def test_hand_written_networks(make, backend):
     if make is Activations:
         assert sum(e.fused_as == "batch_norm_act" for e in report.fused) == 11
         assert sum("+ add +" in e.what for e in report.fused) == 2
+    if make is Norms:
+        assert {(e.what, e.fused_as) for e in report.fused if "norm_act" in e.fused_as} == {
+            ("GroupNorm + SiLU", "group_norm_act"),
+            ("GroupNorm + ReLU", "group_norm_act"),
+            ("GroupNorm + add + ReLU", "group_norm_act"),
+            ("GroupNorm + leaky_relu", "group_norm_act"),
+            ("LayerNorm", "layer_norm_act"),
+            ("LayerNorm + add + softplus", "layer_norm_act"),
+            ("LayerNorm + GELU", "layer_norm_act"),
+            ("layer_norm + gelu", "layer_norm_act"),
+            ("layer_norm function", "layer_norm_act"),
+            ("group_norm function", "group_norm_act"),
+        }
 
 
 @pytest.mark.parametrize("name", ["small", "pool", "wresnet"])
@@ -202,6 +252,24 @@ def test_timm(name):
     ) in {e.what for e in report.fused}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "options", "count"),
+    [
+        ("vit_tiny_patch16_224", dict(img_size=32), 25),
+        ("convnext_atto", dict(), 17),
+    ],
+)
+def test_timm_layer_norms(name, options, count, monkeypatch):
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    monkeypatch.setenv("FASTINTERP_BACKEND", "cpu")  # or such small images would take plain torch
+    # The other attention kernels have no double backward.
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        net = timm.create_model(name, num_classes=5, **options)
+        report = assert_fusing_changes_nothing(net, images(3, 32))
+    assert sum(e.fused_as == "layer_norm_act" for e in report.fused) == count
+
+
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("tracks", [True, False])
 @pytest.mark.parametrize("make, shape", [(nn.BatchNorm2d, (4, 3, 5, 5)), (nn.BatchNorm1d, (6, 3))])
@@ -230,6 +298,8 @@ def test_a_batch_norm_alone(make, shape, tracks, momentum):
         nn.AdaptiveAvgPool2d((1, 1)),
         nn.Softplus(0.5),
         nn.LeakyReLU(0.3),
+        nn.LayerNorm((9, 9)),
+        nn.LayerNorm(9, elementwise_affine=False),
     ],
 )
 @pytest.mark.parametrize("batched", [True, False])

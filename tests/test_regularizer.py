@@ -4,10 +4,10 @@ from test_maps import BatchNormNet
 from torch import nn
 from torch.nn import functional as F
 
-from fastinterp import InterpretationRegularizer
+from fastinterp import InterpretationRegularizer, maps
 from fastinterp.attacks import maximise, pgd, random_start
+from fastinterp.discrepancy import CLASSES, NORMS, class_weights, map_distance
 from fastinterp.maps import CamNetwork
-from fastinterp.objectives import METHODS
 
 ATTACK = dict(eps=0.1, step_size=0.02, steps=3)
 
@@ -108,6 +108,81 @@ def test_other_forms_stay_in_the_ball(small_net, batch, arguments):
     assert value > 0 and aux.x_adv.min() >= 0 and aux.x_adv.max() <= 1
 
 
+def test_the_inner_objective(small_net, batch):
+    """CE alone is PGD; with a target its cross-entropy falls; CE + D lies between."""
+    net, (x, y) = small_net.double(), (batch[0].double(), batch[1])
+    start, how = random_start(x, 0.1), dict(eps=0.1, step_size=0.02, steps=5)
+
+    def x_adv(inner, **call):
+        reg = InterpretationRegularizer("cam", inner=inner, inner_weight=0.01, **how)
+        return reg(net, x, y, start=start, return_aux=True, **call)[1].x_adv
+
+    attacked = x_adv("ce")
+    torch.testing.assert_close(attacked, pgd(net, x, y, start=start, **how))
+    target = (y + 1) % 10
+
+    def ce(z, labels):
+        return F.cross_entropy(net(z), labels)
+
+    aimed = x_adv("ce", attack_target=target)
+    assert ce(aimed, target) < ce((x + start).clamp(0, 1), target) < ce(attacked, target)
+    mixed = x_adv("ce+discrepancy")
+    assert ce(mixed, y) > ce(x_adv("discrepancy"), y)
+    assert not torch.equal(mixed, attacked)
+
+
+def test_restarts_only_raise_the_value(small_net, batch):
+    x, y = batch
+    start = random_start(x, 0.1)
+    values = {}
+    for restarts in (1, 2, 8):
+        reg = InterpretationRegularizer("cam", restarts=restarts, **ATTACK)
+        torch.manual_seed(0)
+        values[restarts] = reg(small_net, x, y, start=start).item()
+    assert values[1] <= values[2] <= values[8] and values[1] < values[8]
+
+
+@pytest.mark.parametrize("classes", CLASSES)
+@pytest.mark.parametrize("norm", NORMS)
+def test_every_distance_of_every_choice_of_classes(small_net, batch, classes, norm):
+    net, (x, y) = small_net.double(), (batch[0].double(), batch[1])
+    reg = InterpretationRegularizer("cam", classes=classes, map_norm=norm, **ATTACK)
+    value, aux = reg(net, x, y, return_aux=True)
+
+    def maps(z):
+        return torch.einsum("kc,nchw->nkhw", net.head.weight, net.features(z))
+
+    a, b = maps(x), maps(aux.x_adv)
+    torch.testing.assert_close(aux.maps, a)
+    torch.testing.assert_close(aux.maps_adv, b)
+    a, b = a.flatten(2), b.flatten(2)
+    if norm == "pearson":
+        a, b = a - a.mean(2, keepdim=True), b - b.mean(2, keepdim=True)
+    per_class = {
+        "l1": lambda: (a - b).abs().sum(2),
+        "l2": lambda: (a - b).square().sum(2).sqrt(),
+        "squared_l2": lambda: (a - b).square().sum(2),
+    }.get(norm, lambda: 1 - (a * b).sum(2) / (a.norm(dim=2) * b.norm(dim=2)))()
+    true = F.one_hot(y, 10).double()
+    logits = net(aux.x_adv)
+    others = logits.masked_fill(true.bool(), -1e30).softmax(1)
+    weights = {
+        "one": true,
+        "two": (true + F.one_hot(logits.argmax(1), 10)) / 2,
+        "all": torch.full_like(true, 0.1),
+        "weighted": true + others,
+    }[classes]
+    expected = (weights * per_class).sum(1).mean()
+    torch.testing.assert_close(value, expected)
+    parameters = list(net.parameters())
+    for got, wanted in zip(
+        torch.autograd.grad(value, parameters),
+        torch.autograd.grad(expected, parameters),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, wanted)
+
+
 def test_works_in_bfloat16_autocast_and_channels_last(backend, small_net, batch):
     x, y = batch
     reg = InterpretationRegularizer("cam", **ATTACK)
@@ -195,6 +270,10 @@ def test_bad_batches(small_net, use, x, y, error, match):
         (dict(step_size=0.0), "step_size must be a finite number > 0"),
         (dict(classes="three"), "classes must be one of one, two, all, weighted, got 'three'"),
         (dict(map="saliency"), "map must be one of cam"),
+        (dict(map_norm="l3"), "map_norm must be one of l1, l2"),
+        (dict(inner="kl"), "inner must be one of discrepancy, ce, ce.discrepancy"),
+        (dict(restarts=0), "restarts must be at least 1, got 0"),
+        (dict(map_options=dict(steps=3)), "map_options must be None for cam"),
         (dict(normalize="mean"), "normalize must be one of none, pixels"),
     ],
 )
@@ -236,20 +315,111 @@ def test_random_starts():
     assert box.min() >= -0.3 and box.max() <= 0.3 and box.std() > 0.16
     ball = random_start(x, 2.0, "L2").flatten(1).norm(dim=1)
     assert ball.max() <= 2.0001 and ball.median() > 1.9
-    z = maximise(lambda z: z.sum(), x[:2], eps=0.3, step_size=0.1, steps=1, start=box[:2])
+    z = maximise(lambda z: z.sum((1, 2, 3)), x[:2], eps=0.3, step_size=0.1, steps=1, start=box[:2])
     torch.testing.assert_close(z, (box[:2].clamp(0, 1) + 0.1).clamp(-0.3, 0.3))
 
 
-def test_objectives(small_net, batch):
-    x, y = batch
+GRADIENT_MAPS = ["grad_cam", "grad_cam_plus_plus", "input_gradient", "gradient_x_input"]
+
+
+class Smooth(nn.Module):
+    """Small and smooth: its input gradients depend on x."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(1, 6, 3, 2), nn.Softplus(3), nn.Conv2d(6, 8, 3))
+        self.pool, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.fc(self.pool(F.softplus(self.body(x), 3)).flatten(1))
+
+
+@pytest.fixture
+def smooth():
+    generator = torch.Generator().manual_seed(3)
+    x = torch.rand(4, 1, 12, 12, generator=generator, dtype=torch.float64)
+    return Smooth().double(), x, torch.tensor([0, 4, 2, 2])
+
+
+def plain_maps(net, z, name):
+    """Maps of every class, one backward pass each, as a graph."""
+    z = z if z.requires_grad else z.detach().requires_grad_()
+    if name == "integrated_gradients":
+        points = [z * (k / 4) for k in range(1, 5)]
+        total = sum(plain_maps(net, p, "input_gradient") for p in points)
+        return z[:, None] * total / 4
+    features = F.softplus(net.body(z), 3)
+    logits = net.fc(net.pool(features).flatten(1))
+    of = features if name.startswith("grad_cam") else z
+    grads = [torch.autograd.grad(logits[:, c].sum(), of, create_graph=True)[0] for c in range(5)]
+    grads = torch.stack(grads, 1)
+    if name == "grad_cam":
+        return (grads.mean((3, 4), keepdim=True) * features[:, None]).sum(2)
+    return z[:, None] * grads if name == "gradient_x_input" else grads
+
+
+@pytest.mark.parametrize("classes", CLASSES)
+@pytest.mark.parametrize(
+    "name", ["grad_cam", "input_gradient", "gradient_x_input", "integrated_gradients"]
+)
+def test_other_maps(smooth, name, classes):
+    """Value and parameter gradients at the x' that was found, against double backprop."""
+    net, x, y = smooth
+    options = dict(steps=4) if name == "integrated_gradients" else None
+    reg = InterpretationRegularizer(name, classes=classes, map_options=options, **ATTACK)
+    value, aux = reg(net, x, y, return_aux=True)
+    a, b = plain_maps(net, x, name), plain_maps(net, aux.x_adv, name)
+    logits = net(aux.x_adv)
+    expected = (class_weights(classes, logits, y) * map_distance(a, b)).sum(1).mean()
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(aux.logits, net(x))
+    parameters = list(net.parameters())
+    got = torch.autograd.grad(value, parameters, allow_unused=True)
+    wanted = torch.autograd.grad(expected, parameters, allow_unused=True)
+    for g, w in zip(got, wanted, strict=True):
+        if w is None:
+            assert g is None or not g.any()
+        else:
+            torch.testing.assert_close(g, w)
+
+
+@pytest.mark.parametrize("name", [*GRADIENT_MAPS, "integrated_gradients"])
+def test_the_maximisation_raises_other_discrepancies(smooth, name):
+    net, x, y = smooth
     start = random_start(x, 0.1)
-    losses = {}
-    for name, method in METHODS.items():
-        objective = method(small_net, step_size=0.02, steps=3)
-        losses[name], parts = objective(x, y, 0.1, start)
-        at_zero, _ = objective(x, y, 0.0, None)
-        torch.testing.assert_close(at_zero, F.cross_entropy(small_net(x), y))
-        assert not any(value.requires_grad for value in parts.values())
-    value, _ = plain_int(small_net, x, y, start, 0.1, 0.02, 3)
-    torch.testing.assert_close(losses["int"], losses["normal"] + 0.01 * value)
-    assert losses["adv"] > losses["normal"]
+    options = dict(steps=4) if name == "integrated_gradients" else None
+    values = [
+        InterpretationRegularizer(
+            name, classes="one", eps=0.1, step_size=0.02, steps=steps, map_options=options
+        )(net, x, y, start=start).item()
+        for steps in (1, 8)
+    ]
+    assert values[1] > 1.1 * values[0]
+
+
+def test_a_surrogate_shows_the_way_in_a_relu_network(small_net, batch):
+    """The input gradient of a logit of a ReLU net has no gradient of its own."""
+    x, y = batch
+    how = dict(classes="one", eps=0.1, step_size=0.03, steps=5, norm="Linf")
+    start = random_start(x, 0.1)
+    values = {
+        beta: InterpretationRegularizer("input_gradient", softplus_beta=beta, **how)(
+            small_net, x, y, start=start, return_aux=True
+        )
+        for beta in (None, 10.0)
+    }
+    assert values[10.0][0] > values[None][0]
+    still = (x + start).clamp(0, 1)
+    torch.testing.assert_close(values[None][1].x_adv, still, atol=1e-6, rtol=0)
+
+
+def test_any_function_is_a_map(smooth):
+    net, x, y = smooth
+
+    def squared(model, z, target, power=1):
+        value, logits = maps.input_gradient(model, z, target, return_logits=True)
+        return value.square() ** power, logits
+
+    reg = InterpretationRegularizer(squared, map_options=dict(power=2), classes="two", **ATTACK)
+    value = reg(net, x, y)
+    assert value > 0 and value.requires_grad

@@ -57,6 +57,9 @@ def test_recipes_have_the_papers_settings():
     assert (config.epochs, config.batch_size, config.lr, config.gamma) == (100, 50, [1e-4], 0.01)
     assert (config.eps, config.attack_steps, config.step_size) == (0.3, 40, 0.01)
     assert recipe("mnist-small-adv-1epoch").epochs == 1
+    config = recipe("cifar10-wresnet-int-adv")
+    assert (config.epochs, config.batch_size, config.eps) == (200, 128, 8 / 255)
+    assert [config.lr_at(s) for s in (39_999, 40_000, 60_000)] == [1e-3, 1e-4, 1e-5]
     with pytest.raises(ValueError, match="unknown recipe 'mnist'; use one of digits-small-int"):
         recipe("mnist")
 
@@ -67,7 +70,9 @@ def test_recipes_have_the_papers_settings():
         (dict(eps=-1), "eps must be"),
         (dict(attack_steps=0), "steps must be at least 1"),
         (dict(epochs=0), "epochs must be at least 1, got 0"),
-        (dict(method="fgsm"), "method must be one of normal, adv, int, got 'fgsm'"),
+        (dict(method="fgsm"), "method must be one of normal, adv, trades, int, .*got 'fgsm'"),
+        (dict(beta=-1.0), "beta must be >= 0"),
+        (dict(ig_weighting="mean"), "ig_weighting must be one of sum, batch-mean"),
         (dict(compare=["nothing"]), "compare must be one of"),
         (dict(dataset="svhn"), "dataset must be one of"),
         (dict(lr=[0.1, 0.2]), "lr needs one positive value more"),

@@ -44,7 +44,9 @@ void bind_activation(py::module_& m);
 void bind_attack_step(py::module_& m);
 void bind_batch_norm_act(py::module_& m);
 void bind_cam_discrepancy(py::module_& m);
+void bind_conv2d(py::module_& m);
 void bind_cross_entropy(py::module_& m);
 void bind_max_pool2d(py::module_& m);
+void bind_norm_act(py::module_& m);
 
 }  // namespace fastinterp

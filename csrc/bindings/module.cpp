@@ -14,6 +14,8 @@ PYBIND11_MODULE(_core, m) {
   bind_attack_step(m);
   bind_batch_norm_act(m);
   bind_cam_discrepancy(m);
+  bind_conv2d(m);
   bind_cross_entropy(m);
   bind_max_pool2d(m);
+  bind_norm_act(m);
 }

@@ -13,7 +13,6 @@
 // where Sv = sum v, Svx = sum v xh, Svg = sum v g, H1 = sum h, H2 = sum h xh. With running statistics
 // only a = Svg, rstd a_gamma g and gamma rstd h remain. h is linear in what the sums give, so one
 // pass collects them all.
-#include "../activations.h"
 #include "strips.h"
 
 namespace fastinterp {
@@ -77,35 +76,9 @@ struct Kernel {
 
   // ---- elements: X is a vector of them, or one
 
-  static constexpr bool kSmooth =
-      K == Activation::softplus || K == Activation::silu || K == Activation::gelu;
+  using Function = Phi<T, K>;
+  static constexpr bool kSmooth = Function::smooth;
 
-  // Calls, since these are long and used in many places.
-  template <typename P>
-  static FI_NOINLINE typename P::X smooth_value(typename P::X z, A alpha) {
-    return P::each(z, [alpha](A e) { return activation_value<K>(e, alpha); });
-  }
-  template <typename P>
-  static FI_NOINLINE typename P::X smooth_slope(typename P::X z, A alpha) {
-    return P::each(z, [alpha](A e) { return activation_slope<K>(e, alpha); });
-  }
-  template <typename P>
-  static FI_NOINLINE typename P::X smooth_curvature(typename P::X z, A alpha) {
-    return P::each(z, [alpha](A e) { return activation_curvature<K>(e, alpha); });
-  }
-
-  template <typename P>
-  static typename P::X value(typename P::X z, A alpha) {
-    if constexpr (kSmooth) {
-      return smooth_value<P>(z, alpha);
-    } else if constexpr (K == Activation::identity) {
-      return z;
-    } else if constexpr (K == Activation::relu) {
-      return z < typename P::X{} ? typename P::X{} : z;
-    } else {
-      return z < typename P::X{} ? alpha * z : z;
-    }
-  }
   // What an element is made of, at row r and lanes from j on of a strip.
   template <int S>
   struct Elements {
@@ -148,29 +121,19 @@ struct Kernel {
     // phi'(z), as the sign of z where that is all there is to it.
     template <typename P>
     auto slope(std::int64_t r, std::int64_t j) const {
-      if constexpr (kSmooth) {
-        return smooth_slope<P>(pre_activation<P>(r, j), k.alpha);
-      } else if constexpr (Masked) {
+      if constexpr (Masked) {
         return P::load_bits(bits + r * bits_row + j / 8, j);
       } else {
-        return pre_activation<P>(r, j) > typename P::X{};
+        return Function::template slope<P>(pre_activation<P>(r, j), k.alpha);
       }
     }
     template <typename P, typename Slope>
     typename P::X times(Slope slope, typename P::X v) const {
-      if constexpr (kSmooth) {
-        return slope * v;
-      } else if constexpr (K == Activation::identity) {
-        return v;
-      } else if constexpr (K == Activation::relu) {
-        return slope ? v : typename P::X{};
-      } else {
-        return slope ? v : k.alpha * v;
-      }
+      return Function::template times<P>(slope, v, k.alpha);
     }
     template <typename P>
     typename P::X curvature(std::int64_t r, std::int64_t j) const {
-      return smooth_curvature<P>(pre_activation<P>(r, j), k.alpha);
+      return Function::template curvature<P>(pre_activation<P>(r, j), k.alpha);
     }
   };
 
@@ -239,7 +202,7 @@ struct Kernel {
             auto z = element.template pre_activation<P>(r, j);
             if constexpr (!kSmooth) z += P::load(residual.at(r, j));
             if constexpr (Masked) bits |= std::uint64_t{P::bits_of(z > typename P::X{})} << j;
-            P::store(out + j, value<P>(z, alpha));
+            P::store(out + j, Function::template value<P>(z, alpha));
           });
           if constexpr (Masked) {
             std::uint8_t* to = mask + strip.bits + r * strip.bits_row;

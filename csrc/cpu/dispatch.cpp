@@ -1,6 +1,12 @@
 // Chooses the instruction-set variant once, from what the processor reports.
 #include "variants.h"
 
+#ifdef FASTINTERP_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 FI_VARIANT(baseline)
 #ifdef FASTINTERP_X86
 FI_VARIANT(avx2)
@@ -51,6 +57,29 @@ const char* instruction_set() {
   static const char* const names[] = {"baseline", "avx2", "avx512"};
   return names[static_cast<int>(level())];
 }
+#ifdef FASTINTERP_AMX
+namespace {
+
+bool ask_for_tiles() {
+  unsigned a, b, c, d;
+  constexpr unsigned bf16 = 1u << 22, tile = 1u << 24;  // of leaf 7, edx
+  if (level() != Level::avx512 || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  if ((d & bf16) == 0 || (d & tile) == 0) return false;
+  // The kernel hands out the tiles' state to processes that ask: ARCH_REQ_XCOMP_PERM, XTILEDATA.
+  return syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+}
+
+}  // namespace
+
+bool amx_bf16() {
+  static const bool granted = ask_for_tiles();
+  return granted;
+}
+#else
+bool amx_bf16() { return false; }
+std::int64_t conv2d_weight_grad_scratch_bytes(const Conv2dWeightGrad&) { return 0; }
+void conv2d_weight_grad(const Conv2dWeightGrad&) {}
+#endif
 void attack_step(const AttackStep& p) { FI_CALL(attack_step(p)) }
 std::int64_t cam_discrepancy_scratch_bytes(const CamDiscrepancy& p) {
   FI_CALL(cam_discrepancy_scratch_bytes(p))
@@ -79,6 +108,10 @@ void max_pool2d(const MaxPool2d& p) { FI_CALL(max_pool2d(p)) }
 std::int64_t max_pool2d_scratch_bytes(const MaxPool2d& p) { FI_CALL(max_pool2d_scratch_bytes(p)) }
 void max_pool2d_backward(const MaxPool2d& p) { FI_CALL(max_pool2d_backward(p)) }
 void max_pool2d_backward_backward(const MaxPool2d& p) { FI_CALL(max_pool2d_backward_backward(p)) }
+std::int64_t norm_act_scratch_bytes(const NormAct& p) { FI_CALL(norm_act_scratch_bytes(p)) }
+void norm_act_forward(const NormAct& p) { FI_CALL(norm_act_forward(p)) }
+void norm_act_backward(const NormAct& p) { FI_CALL(norm_act_backward(p)) }
+void norm_act_backward_backward(const NormAct& p) { FI_CALL(norm_act_backward_backward(p)) }
 
 }  // namespace cpu
 }  // namespace fastinterp

@@ -5,73 +5,11 @@
 //     NCHW           each plane (n, c) is a matrix (P / kLanes, kLanes); lanes are pixels
 #pragma once
 
-#include "vector.h"
+#include "elements.h"
 
 namespace fastinterp {
 namespace cpu {
 namespace {
-
-// A kernel is written once over P and runs on whole vectors, Wide<T>, and on what is left of a row,
-// Narrow<T>.
-template <typename T>
-struct Wide {
-  using A = acc_t<T>;
-  using X = typename Vector<A>::type;
-  using Mask = decltype(X{} < X{});
-  static constexpr int lanes = Vector<A>::lanes;
-
-  static X load(const T* p) { return Pack<X>::load_from(p); }
-  static void store(T* p, X v) { Pack<X>::store_to(p, v); }
-  static X values(const A* p) { return load_vector(p); }
-  static void put(A* p, X v) { store_vector(p, v); }
-
-  // f of every lane, in a loop the compiler vectorises.
-  template <typename F>
-  static X each(X v, F f) {
-    alignas(64) A lane[lanes];
-    put(lane, v);
-#pragma omp simd
-    for (int i = 0; i < lanes; ++i) lane[i] = f(lane[i]);
-    return values(lane);
-  }
-
-  // One bit per lane, lane 0 lowest; p is the byte that holds the bit of lane `first` of the row.
-  static Mask load_bits(const std::uint8_t* p, std::int64_t first) {
-    std::int32_t bits = p[0];
-    if (lanes > 8) bits |= p[1] << 8;
-    bits >>= first % 8;
-    Mask mask{};
-    for (int i = 0; i < lanes; ++i) mask[i] = bits & (1 << i);
-    return mask != 0;
-  }
-  static unsigned bits_of(Mask m) {
-    unsigned bits = 0;
-    for (int i = 0; i < lanes; ++i) bits |= static_cast<unsigned>(m[i] & 1) << i;
-    return bits;
-  }
-};
-
-template <typename T>
-struct Narrow {
-  using A = acc_t<T>;
-  using X = A;
-  using Mask = bool;
-  static constexpr int lanes = 1;
-
-  static X load(const T* p) { return cpu::load(p); }
-  static void store(T* p, X v) { cpu::store(p, v); }
-  static X values(const A* p) { return *p; }
-  static void put(A* p, X v) { *p = v; }
-  template <typename F>
-  static X each(X v, F f) {
-    return f(v);
-  }
-  static Mask load_bits(const std::uint8_t* p, std::int64_t first) { return *p >> first % 8 & 1; }
-  static unsigned bits_of(Mask m) { return m; }
-};
-
-// The passes below are called from two places and are large.
-#define FI_NOINLINE __attribute__((noinline))
 
 constexpr std::int64_t kLanes = 64;
 constexpr std::int64_t kBlockRows = 64;    // rows summed in A before they are added to a double

@@ -25,6 +25,10 @@
   std::int64_t max_pool2d_scratch_bytes(const MaxPool2d& p);           \
   void max_pool2d_backward(const MaxPool2d& p);                        \
   void max_pool2d_backward_backward(const MaxPool2d& p);               \
+  std::int64_t norm_act_scratch_bytes(const NormAct& p);               \
+  void norm_act_forward(const NormAct& p);                             \
+  void norm_act_backward(const NormAct& p);                            \
+  void norm_act_backward_backward(const NormAct& p);                   \
   }                                                                    \
   }                                                                    \
   }

@@ -1,5 +1,5 @@
 """Inner maximisations and attacks on one batch."""
 
-from fastinterp.attacks.pgd import maximise, pgd, random_start
+from fastinterp.attacks.pgd import attacked, maximise, pgd, random_start
 
-__all__ = ["maximise", "pgd", "random_start"]
+__all__ = ["attacked", "maximise", "pgd", "random_start"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import nn
@@ -37,23 +38,46 @@ def maximise(
     norm: str = "Linf",
     clip: tuple[float, float] | None = (0.0, 1.0),
     start: torch.Tensor | None = None,
+    restarts: int = 1,
 ) -> torch.Tensor:
     """The last iterate of projected gradient ascent on ``objective`` around x.
 
     Args:
-        objective: maps a perturbed batch to a scalar; examples must not influence one another.
+        objective: maps a perturbed batch to one value per example, (N,); examples must not
+            influence one another.
         x: (N, ...), the centre.
         eps, step_size: in units of x; numbers, or tensors of shape () or (N,).
         steps: number of gradient steps.
         norm: "Linf" or "L2", for the step and the projection.
         clip: bounds of valid inputs, or None.
         start: perturbation added before the first step (then clipped); None starts at x.
+        restarts: ascents in all; from the second on they start at a random point of the ball, and
+            each example keeps the iterate whose value is largest.
 
     Returns:
         (N, ...), detached.
     """
     if torch.is_inference_mode_enabled():
         raise RuntimeError("an attack needs gradients: call it outside torch.inference_mode()")
+    if restarts < 1:
+        raise ValueError(f"restarts must be at least 1, got {restarts}")
+    ascend = partial(
+        _ascend, objective, x, eps=eps, step_size=step_size, steps=steps, norm=norm, clip=clip
+    )
+    best = ascend(start=start)
+    if restarts == 1:
+        return best
+    highest = objective(best).detach()
+    for _ in range(restarts - 1):
+        z = ascend(start=random_start(x.detach(), eps, norm))
+        value = objective(z).detach()
+        better = value > highest
+        highest = torch.where(better, value, highest)
+        best = torch.where(better.view(-1, *[1] * (x.dim() - 1)), z, best)
+    return best
+
+
+def _ascend(objective, x, *, eps, step_size, steps, norm, clip, start):
     centre = x.detach()
     eps, step_size = per_example("eps", eps, centre), per_example("step_size", step_size, centre)
     z = centre.clone() if start is None else centre + start
@@ -62,7 +86,7 @@ def maximise(
     for _ in range(steps):
         z.requires_grad_(True)
         with torch.enable_grad():
-            (grad,) = torch.autograd.grad(objective(z), z)
+            (grad,) = torch.autograd.grad(objective(z).sum(), z)
         z = z.detach()
         attack_step(
             z, grad, centre, eps=eps, step_size=step_size, norm=norm, clip=clip, inplace=True
@@ -81,6 +105,7 @@ def pgd(
     norm: str = "Linf",
     clip: tuple[float, float] | None = (0.0, 1.0),
     start: torch.Tensor | None = None,
+    restarts: int = 1,
     network: CamNetwork | None = None,
 ) -> torch.Tensor:
     """Untargeted PGD on the cross-entropy; the last iterate.
@@ -96,6 +121,7 @@ def pgd(
         norm: "Linf" or "L2".
         clip: bounds of valid images, or None.
         start: perturbation to start from, see random_start; None starts at x as the paper does.
+        restarts: ascents in all, see maximise.
         network: the model's CamNetwork, if there is one: a foldable head makes each step cheaper.
 
     Returns:
@@ -110,11 +136,11 @@ def pgd(
     check_images(x, bounds=clip)
     if len(x) == 0:
         return x.detach().clone()
-    with _attacked(model, network) as logits:
+    with attacked(model, network) as logits:
         with torch.no_grad():
             check_labels(y, len(x), logits(x[:1]).shape[1])
         return maximise(
-            lambda z: F.cross_entropy(logits(z), y, reduction="sum"),
+            lambda z: F.cross_entropy(logits(z), y, reduction="none"),
             x,
             eps=eps,
             step_size=step_size,
@@ -122,11 +148,13 @@ def pgd(
             norm=norm,
             clip=clip,
             start=start,
+            restarts=restarts,
         )
 
 
 @contextmanager
-def _attacked(model: nn.Module, network: CamNetwork | None) -> Iterator:
+def attacked(model: nn.Module, network: CamNetwork | None) -> Iterator:
+    """Logits as an inner maximisation wants them: evaluation mode, no parameter gradients."""
     if network is not None:
         with network.attacked() as run:
             yield lambda z: run(z)[2]

@@ -16,12 +16,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import cifar10, digits, mnist
+from . import cifar10, digits, mnist, restricted_imagenet
 from ._files import DataError, resolve_data_dir
 
 __all__ = ["DATASETS", "DataError", "Dataset", "Split", "load_dataset"]
 
-_MODULES = {"digits": digits, "mnist": mnist, "cifar10": cifar10}
+_MODULES = {
+    "digits": digits,
+    "mnist": mnist,
+    "cifar10": cifar10,
+    "restricted-imagenet": restricted_imagenet,
+}
 DATASETS = tuple(_MODULES)
 
 
@@ -86,12 +91,12 @@ class Dataset:
 def load_dataset(
     name: str, data_dir: str | os.PathLike[str] | None = None, download: bool = False
 ) -> Dataset:
-    """Load a data set into memory; every file is checked against its published md5.
+    """Load a data set into memory; MNIST's and CIFAR-10's files are checked against their md5.
 
     Args:
-        name: "digits" (28x28 grey, ships with scikit-learn), "mnist" (28x28 grey) or "cifar10"
-            (32x32 RGB).
-        data_dir: folder of the files, or of a folder `mnist` or `cifar10` with them. Default:
+        name: "digits" (28x28 grey, ships with scikit-learn), "mnist" (28x28 grey), "cifar10"
+            (32x32 RGB) or "restricted-imagenet" (224x224 RGB, nine super classes).
+        data_dir: folder of the files, or of a folder of the set's name with them. Default:
             `$FASTINTERP_DATA`, else `fastinterp/data` in `$XDG_CACHE_HOME` or `~/.cache`.
         download: download missing files into `data_dir` with torchvision.
 
@@ -104,6 +109,7 @@ def load_dataset(
         FileNotFoundError: a file is missing; the message lists the files and the folders.
         DataError: a file is damaged, truncated or of another format (a `ValueError`).
         ImportError, RuntimeError: the download could not start, or failed.
+        MemoryError: the set does not fit.
     """
     if name not in _MODULES:
         raise ValueError(f"unknown data set {name!r}; there are: {', '.join(DATASETS)}")

@@ -1,6 +1,7 @@
 """fuse and unfuse: a user's own model, computed by this package's ops.
 
 layers.py       stock layers by class swap
+norms.py        those that normalise
 sites.py        what fused call sites decide at run time
 tracing.py      a forward as a graph, or why not
 patterns.py     patterns in the graph
@@ -14,7 +15,8 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from fastinterp.fusion.containers import fused_class, rewritten_forward
-from fastinterp.fusion.layers import LAYERS, NORMS, activation_kind, stock_type, why_not
+from fastinterp.fusion.layers import LAYERS, activation_kind, stock_type, why_not
+from fastinterp.fusion.norms import NORMS
 from fastinterp.fusion.report import Entry, FusionReport
 from fastinterp.fusion.sites import FusedSequential, is_producer
 from fastinterp.fusion.tracing import NotTraceable
@@ -31,8 +33,9 @@ _WITHOUT_OP = tuple(
 def fuse(model: nn.Module) -> nn.Module:
     """Makes a model's training with input gradients in the loss cheaper; changes it in place.
 
-    Batch norm with the addition and activation behind it becomes one op with fused first and second
-    derivatives, and convolutions, activations and poolings get ops with cheaper second derivatives.
+    Batch, layer and group norm, each with the addition and activation behind it, become one op with
+    fused first and second derivatives, and convolutions, activations and poolings get ops with
+    cheaper second derivatives. Linear layers stay: torch's double backward of them is as cheap.
     Layers are found by type; call sites in forwards that torch.fx traces, and in nn.Sequential.
     Every module keeps its identity, parameters, buffers, hooks, names and attributes; its class
     becomes a subclass of what it was. Results are those of before up to rounding.
@@ -166,7 +169,7 @@ def _sequential_sites(name: str, module: nn.Sequential) -> tuple[list[Entry], se
         following = children[i + 1][1] if i + 1 < len(children) else None
         if stock_type(child) in NORMS and following is not None and activation_kind(following):
             what = f"{stock_type(child).__name__} + {stock_type(following).__name__}"
-            entries.append(Entry(path, what, "batch_norm_act"))
+            entries.append(Entry(path, what, NORMS[stock_type(child)][1]))
             merged |= {child, following}
             skip, producer = True, False
             continue

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastinterp import ops
+from fastinterp.fusion.norms import NORMS
 from fastinterp.models._layers import SameConv2d
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -117,44 +118,6 @@ def activation_kind(module: nn.Module) -> tuple[str, float | None] | None:
 # ---- layers
 
 
-def normalise(bn, x, residual=None, kind: str = "identity", alpha: float | None = None):
-    """activation(bn(x) + residual) for a stock batch norm, by the rules of torch's own forward."""
-    bn._check_input_dim(x)
-    momentum = 0.0 if bn.momentum is None else bn.momentum
-    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
-        bn.num_batches_tracked.add_(1)
-        if bn.momentum is None:  # cumulative average
-            momentum = 1.0 / float(bn.num_batches_tracked)
-    keep = not bn.training or bn.track_running_stats
-    return ops.batch_norm_act(
-        x,
-        bn.weight,
-        bn.bias,
-        bn.running_mean if keep else None,
-        bn.running_var if keep else None,
-        residual=residual,
-        training=bn.training or (bn.running_mean is None and bn.running_var is None),
-        momentum=momentum,
-        eps=bn.eps,
-        activation=kind,
-        alpha=alpha,
-    )
-
-
-class FusedBatchNorm1d(nn.BatchNorm1d):
-    _stock_type = nn.BatchNorm1d
-
-    def forward(self, input):
-        return normalise(self, input)
-
-
-class FusedBatchNorm2d(nn.BatchNorm2d):
-    _stock_type = nn.BatchNorm2d
-
-    def forward(self, input):
-        return normalise(self, input)
-
-
 class FusedConv2d(nn.Conv2d):
     _stock_type = nn.Conv2d
 
@@ -238,12 +201,9 @@ class FusedAdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
         return adaptive_avg_pool2d(input, self.output_size)
 
 
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
-
 # stock class -> fused class and the op behind it
 LAYERS = {
-    nn.BatchNorm1d: (FusedBatchNorm1d, "batch_norm_act"),
-    nn.BatchNorm2d: (FusedBatchNorm2d, "batch_norm_act"),
+    **NORMS,
     nn.Conv2d: (FusedConv2d, "conv2d"),
     SameConv2d: (FusedSameConv2d, "conv2d"),
     nn.ReLU: (FusedReLU, "activation"),

@@ -1,6 +1,6 @@
 """Patterns in the graph of a forward, and the calls of sites.py that take their place.
 
-    act(bn(x))    act(bn(x) + r)    act(r + bn(x))    in-place act    functional convolution, ...
+    act(norm(x))   act(norm(x) + r)   act(r + norm(x))   in-place act   functional convolution, ...
 
 An intermediate value must have no other user; modules that are nn.Identity are looked through.
 """
@@ -15,7 +15,8 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from fastinterp.fusion import layers, sites
-from fastinterp.fusion.layers import NORMS, activation_kind, stock_type
+from fastinterp.fusion.layers import activation_kind, stock_type
+from fastinterp.fusion.norms import NORMS
 from fastinterp.fusion.report import Entry
 
 _RELU = ("relu", ("input", "inplace"))
@@ -47,12 +48,19 @@ _ADDITIONS = {  # call target -> whether it is in place
     sites.iadd: True,
     "add_": True,
 }
+_AFFINE = ("weight", "bias")
+_NORM_FUNCTIONS = {  # -> the site, the arguments always given, the others
+    F.batch_norm: (
+        sites.batch_norm_act,
+        ("input", "running_mean", "running_var"),
+        (*_AFFINE, "training", "momentum", "eps"),
+    ),
+    F.layer_norm: (sites.layer_norm_act, ("input", "normalized_shape"), (*_AFFINE, "eps")),
+    F.group_norm: (sites.group_norm_act, ("input", "num_groups"), (*_AFFINE, "eps")),
+}
 # Functions whose result is a new tensor.
-_NEW = (operator.add, operator.sub, operator.mul, torch.add, torch.cat, *_FUNCTIONS, F.batch_norm)
-_NORM_ARGUMENTS = (
-    *("input", "running_mean", "running_var", "weight", "bias"),
-    *("training", "momentum", "eps"),
-)
+_NEW = (operator.add, operator.sub, operator.mul, torch.add, torch.cat)
+_NEW += (*_FUNCTIONS, *_NORM_FUNCTIONS)
 
 
 @dataclass
@@ -66,7 +74,7 @@ class _Activation:
 
 @dataclass
 class _Match:
-    """bn, the identities behind it, the addition and the identities behind that."""
+    """The norm, the identities behind it, the addition and the identities behind that."""
 
     norm: fx.Node
     before: list[fx.Node]
@@ -131,7 +139,7 @@ class _Rewriter:
     def is_norm(self, node) -> bool:
         if (child := self.child(node)) is not None:
             return stock_type(child) in NORMS
-        return node.op == "call_function" and node.target is F.batch_norm
+        return node.op == "call_function" and node.target in _NORM_FUNCTIONS
 
     def match(self, activation: _Activation) -> _Match | None:
         node, after = self.behind_identities(activation.source)
@@ -165,7 +173,7 @@ class _Rewriter:
         return max(found, key=lambda pair: order[pair[0]])[1] if found else None
 
     def may_wait(self, norm: fx.Node, addition: fx.Node, until: fx.Node) -> bool:
-        """Whether a batch norm may run later: its input and its statistics are left alone."""
+        """Whether a norm may run later: its input and its statistics are left alone."""
         node = norm.next
         while node is not until:
             used = node is not addition and norm.args[0] in node.all_input_nodes
@@ -217,20 +225,23 @@ class _Rewriter:
             if norm.op == "call_module":
                 child = self.child(norm)
                 self.merged.add(child)
-                label, name = stock_type(child).__name__, norm.target
+                kind, name = stock_type(child), norm.target
+                label, op = kind.__name__, NORMS[kind][1]
                 args = [self.attribute(norm), act, norm.args[0], match.residual, match.added]
                 args += [tuple(self.attribute(n) for n in match.before), tuple(after)]
                 self.replace(activation.node, sites.norm_act, args, dead=dead)
             else:
-                label, name = "batch_norm", ""
-                args, kwargs = self.norm_arguments(norm, act, after)
-                self.replace(activation.node, sites.functional_norm_act, args, kwargs, dead)
-        self.note(" + ".join([label, *filter(None, parts)]), "batch_norm_act", name)
+                label, name = norm.target.__name__, ""
+                site, args, kwargs = self.norm_arguments(norm, act, after)
+                self.replace(activation.node, site, args, kwargs, dead)
+                op = site.__name__
+        self.note(" + ".join([label, *filter(None, parts)]), op, name)
 
     def norm_arguments(self, norm: fx.Node, act, after):
-        given = dict(zip(_NORM_ARGUMENTS, norm.args, strict=False)) | norm.kwargs
-        rest = {name: given[name] for name in _NORM_ARGUMENTS[3:] if name in given}
-        return [act, *(given[n] for n in _NORM_ARGUMENTS[:3])], {**rest, "after": tuple(after)}
+        site, first, others = _NORM_FUNCTIONS[norm.target]
+        given = dict(zip((*first, *others), norm.args, strict=False)) | norm.kwargs
+        rest = {name: given[name] for name in others if name in given}
+        return site, [act, *(given[n] for n in first)], {**rest, "after": tuple(after)}
 
     def write_activation(self, activation: _Activation) -> None:
         node, source = activation.node, activation.source
@@ -263,14 +274,15 @@ class _Rewriter:
             elif node.op == "call_function" and node.target in _FUNCTIONS:
                 node.target = _FUNCTIONS[node.target]
                 self.note(f"{node.target.__name__} function", node.target.__name__)
-            elif node.op == "call_function" and node.target is F.batch_norm:
+            elif node.op == "call_function" and node.target in _NORM_FUNCTIONS:
                 with self.graph.inserting_before(node):
-                    args, kwargs = self.norm_arguments(node, None, ())
-                    self.replace(node, sites.functional_norm_act, args, kwargs)
-                self.note("batch_norm function", "batch_norm_act")
+                    site, args, kwargs = self.norm_arguments(node, None, ())
+                    self.replace(node, site, args, kwargs)
+                self.note(f"{node.target.__name__} function", site.__name__)
 
 
-_SITES = (sites.norm_act, sites.functional_norm_act, layers.activate, *_FUNCTIONS.values())
+_SITES = (sites.norm_act, layers.activate, *_FUNCTIONS.values())
+_SITES += tuple(site for site, *_ in _NORM_FUNCTIONS.values())
 
 
 def rewrite(graph: fx.Graph, module: nn.Module, path: str) -> tuple[list[Entry], set[nn.Module]]:

@@ -10,20 +10,19 @@ from torch import nn
 
 from fastinterp import ops
 from fastinterp.fusion.layers import (
-    NORMS,
     activate,
     activation_kind,
     idle,
-    normalise,
     plain,
     stock_type,
 )
+from fastinterp.fusion.norms import NORMS, normalise
 from fastinterp.models._layers import SameConv2d
 
 # Modules whose output is a new tensor, which nobody else holds.
 _PRODUCERS = (
-    *(nn.Conv2d, nn.ConvTranspose2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d),
-    *(nn.MaxPool2d, nn.AvgPool2d, SameConv2d),
+    *(nn.Conv2d, nn.ConvTranspose2d, SameConv2d, nn.Linear),
+    *(nn.MaxPool2d, nn.AvgPool2d, *NORMS),
 )
 
 
@@ -80,13 +79,13 @@ def _chain(y, residual, added, act, before, after):
     return activate(y, *act) if isinstance(act, tuple) else act(y)
 
 
-def norm_act(bn, act, x, residual=None, added=None, before=(), after=()):
-    """act(after(before(bn(x)) + residual)), in one pass where nothing stands against it.
+def norm_act(norm, act, x, residual=None, added=None, before=(), after=()):
+    """act(after(before(norm(x)) + residual)), in one pass where nothing stands against it.
 
     Args:
-        bn: a batch norm module.
+        norm: a batch, layer or group norm module.
         act: an activation module, or its name and alpha.
-        residual: (N, C, ...), with ``added`` "norm + residual", "residual + norm" or either of
+        residual: like x, with ``added`` "norm + residual", "residual + norm" or either of
             them with "+=".
         before, after: modules that were nn.Identity when the forward was rewritten.
     """
@@ -96,12 +95,20 @@ def norm_act(bn, act, x, residual=None, added=None, before=(), after=()):
         and residual.shape == x.shape
         and residual.dtype == x.dtype
     )
-    if kind and fits and is_merged_norm(bn) and all(idle(m) for m in (*before, *after)):
-        return normalise(bn, x, residual, *kind)
-    return _chain(bn(x), residual, added, act, before, after)
+    if kind and fits and is_merged_norm(norm) and all(idle(m) for m in (*before, *after)):
+        return normalise(norm, x, residual, *kind)
+    return _chain(norm(x), residual, added, act, before, after)
 
 
-def functional_norm_act(
+def _functional(op, act, after, *arguments, **options):
+    kind = ("identity", None) if act is None else merged_kind(act)
+    merged = kind is not None and all(idle(m) for m in after)
+    name, alpha = kind if merged else ("identity", None)
+    y = op(*arguments, **options, activation=name, alpha=alpha)
+    return y if merged else _chain(y, None, None, act, (), after)
+
+
+def batch_norm_act(
     act,
     x,
     running_mean,
@@ -113,22 +120,21 @@ def functional_norm_act(
     eps=1e-5,
     after=(),
 ):
-    """act(after(F.batch_norm(...))); ``act`` may be None."""
-    kind = ("identity", None) if act is None else merged_kind(act)
-    merged = kind is not None and all(idle(m) for m in after)
-    y = ops.batch_norm_act(
-        x,
-        weight,
-        bias,
-        running_mean,
-        running_var,
-        training=training,
-        momentum=momentum,
-        eps=eps,
-        activation=kind[0] if merged else "identity",
-        alpha=kind[1] if merged else None,
-    )
-    return y if merged else _chain(y, None, None, act, (), after)
+    """act(after(F.batch_norm(...))); ``act`` may be None, here and below."""
+    arguments = x, weight, bias, running_mean, running_var
+    options = dict(training=training, momentum=momentum, eps=eps)
+    return _functional(ops.batch_norm_act, act, after, *arguments, **options)
+
+
+def layer_norm_act(act, x, normalized_shape, weight=None, bias=None, eps=1e-5, after=()):
+    """act(after(F.layer_norm(...)))"""
+    arguments = x, normalized_shape, weight, bias
+    return _functional(ops.layer_norm_act, act, after, *arguments, eps=eps)
+
+
+def group_norm_act(act, x, num_groups, weight=None, bias=None, eps=1e-5, after=()):
+    """act(after(F.group_norm(...)))"""
+    return _functional(ops.group_norm_act, act, after, x, num_groups, weight, bias, eps=eps)
 
 
 def in_place_activation(act, x, producer=None):
@@ -144,7 +150,7 @@ def in_place_activation(act, x, producer=None):
 
 
 def run_sequential(modules, x):
-    """nn.Sequential's forward, merging batch norms with the activations that follow."""
+    """nn.Sequential's forward, merging norms with the activations that follow."""
     modules = [m for m in modules if not idle(m)]
     i, producer = 0, None
     while i < len(modules):

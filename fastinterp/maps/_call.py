@@ -42,7 +42,7 @@ def borrowed(
     *,
     differentiable: bool,
     evaluation: bool = False,
-    rewind: bool = True,
+    redraw: bool = True,
 ) -> Iterator[nn.Module]:
     """The model without its wrappers, to be called inside; afterwards it is as it was.
 
@@ -52,8 +52,8 @@ def borrowed(
         differentiable: a graph is recorded, and attention must have one that can be differentiated
             again.
         evaluation: run in evaluation mode rather than the model's own.
-        rewind: the random numbers that the model draws are drawn again by whoever draws next. Not
-            for a loss: a loop that draws nothing else would drop the same units at every step.
+        redraw: the random numbers drawn inside are drawn again by whoever draws next. Not for a
+            loss: a loop that draws nothing else would drop the same units at every step.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -70,7 +70,7 @@ def borrowed(
     with ExitStack() as stack:
         if compiled:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        if rewind:
+        if redraw:
             stack.enter_context(_same_random_numbers(x.device))
         stack.enter_context(substituted(model, cloned_buffers(model)))
         if evaluation:
@@ -148,8 +148,6 @@ def gradients(scores: torch.Tensor, z: torch.Tensor, create_graph: bool) -> torc
     Raises:
         RuntimeError: scores do not depend on z through operations that autograd has seen.
     """
-    if not scores.requires_grad:
-        raise NoGradientError(_NO_GRAPH)
     k = scores.shape[1]
     if k == 1:
         return vjp(scores, z, torch.ones_like(scores), create_graph)[:, None]

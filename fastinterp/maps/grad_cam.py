@@ -75,7 +75,7 @@ def grad_cam_plus_plus(
     """Grad-CAM++ of a spatial layer; arguments, results and errors of grad_cam."""
     check_images(x)
     classes, name = parse(target, x), "grad_cam_plus_plus"
-    return explain_layer(name, _plus_plus, model, x, classes, layer, relu, detach, return_logits)
+    return explain_layer(name, plus_plus, model, x, classes, layer, relu, detach, return_logits)
 
 
 def explain_layer(
@@ -120,7 +120,7 @@ def mean_gradient(gradient, features):
     return gradient.mean((3, 4))
 
 
-def _plus_plus(gradient, features):
+def plus_plus(gradient, features):
     positive = gradient > 0
     denominator = 2 + gradient * features.sum((2, 3), keepdim=True)[:, None]
     usable = positive & (denominator != 0)

@@ -73,7 +73,7 @@ def integrated_gradients(
         model,
         x,
         parse(target, x),
-        *(baseline, steps, method, internal_batch_size, return_delta, of, detach),
+        *(baseline, steps, method, internal_batch_size, of, detach, return_delta),
     )
 
 
@@ -174,13 +174,13 @@ def along_path(
     model: nn.Module,
     x: torch.Tensor,
     classes: Classes,
-    baseline: float | torch.Tensor,
-    steps: int,
-    method: str,
-    internal_batch_size: int | None,
-    return_delta: bool,
+    baseline: float | torch.Tensor = 0.0,
+    steps: int = 50,
+    method: str = "right",
+    internal_batch_size: int | None = None,
     of: str = "logit",
     detach: bool = False,
+    return_delta: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """integrated_gradients of any x, whatever its range."""
     check_of(of)

@@ -7,6 +7,9 @@ from fastinterp.ops.batch_norm_act import batch_norm_act
 from fastinterp.ops.cam_discrepancy import cam_discrepancy
 from fastinterp.ops.conv2d import conv2d
 from fastinterp.ops.cross_entropy import cross_entropy
+from fastinterp.ops.group_norm_act import group_norm_act
+from fastinterp.ops.layer_norm_act import layer_norm_act
+from fastinterp.ops.linear import linear
 from fastinterp.ops.max_pool2d import max_pool2d
 
 __all__ = [
@@ -18,5 +21,8 @@ __all__ = [
     "cam_discrepancy",
     "conv2d",
     "cross_entropy",
+    "group_norm_act",
+    "layer_norm_act",
+    "linear",
     "max_pool2d",
 ]

@@ -19,8 +19,12 @@ left to the convolution and convolution_backward of torch.
 
 from __future__ import annotations
 
+import os
+
 import torch
 
+from fastinterp import _native
+from fastinterp.ops import _backend
 from fastinterp.ops._autograd import (
     fold_examples,
     needs_grad,
@@ -122,28 +126,74 @@ def _input_grad(gy, weight, input_size, stride, padding, dilation, groups):
 
 
 def _weight_grad(gy, x, weight_size, stride, padding, dilation, groups):
-    if _product_is_faster(gy, x, weight_size, groups):
+    if _tiles_are_faster(gy, x, weight_size, groups):
+        return _weight_grad_tiles(gy, x, weight_size, stride, padding, dilation)
+    return _weight_grad_by_torch(gy, x, weight_size, stride, padding, dilation, groups)
+
+
+def _weight_grad_by_torch(gy, x, weight_size, stride, padding, dilation, groups):
+    if _product_is_faster(gy, weight_size, groups):
         return _weight_grad_product(gy, x, weight_size, stride, padding, dilation)
     weight = unfilled(weight_size, x, prefers_channels_last(x))
     options = stride, padding, dilation, False, (0, 0), groups
     return _convolution_backward(gy, x, weight, None, *options, (False, True, False))[1]
 
 
-def _product_is_faster(gy, x, weight_size, groups) -> bool:
-    """Whether one matrix product beats oneDNN's weight gradient: few pixels, many channels.
+def _pixels(gy) -> int:
+    return gy.shape[0] * gy.shape[2] * gy.shape[3]
+
+
+def _product_is_faster(gy, weight_size, groups) -> bool:
+    """Whether one matrix product is the best weight gradient: fewer pixels than channels.
 
     With M output pixels in the batch, measured on 2 cores with AVX-512 and AMX, oneDNN's time over
-    the product's: bfloat16 3x3 6.8 at M = O = 512, 1.3 to 1.9 at M = 8 O, 0.6 at M = 16 O; 1x1 1.0
-    to 6.3 throughout in channels_last; float32 1.2 to 2.2 up to M = O, 0.9 to 1.1 at M = 2 O.
+    the product's: bfloat16 3x3 4.5 to 6.5 at M <= O; float32 1.2 to 2.2 up to M = O, 0.9 to 1.1 at
+    M = 2 O.
     """
     if gy.device.type != "cpu" or groups != 1:
         return False
-    out_channels, _, height, width = weight_size
-    pixels = gy.shape[0] * gy.shape[2] * gy.shape[3]
-    if gy.dtype == torch.bfloat16:
-        pointwise = height * width == 1 and prefers_channels_last(x)
-        return pointwise or pixels <= 8 * out_channels
-    return gy.dtype == torch.float32 and pixels <= out_channels
+    return gy.dtype in (torch.bfloat16, torch.float32) and _pixels(gy) <= weight_size[0]
+
+
+def _tiles_are_faster(gy, x, weight_size, groups) -> bool:
+    """Whether csrc/cpu/conv2d_amx.cpp beats oneDNN: bfloat16, unless packing outweighs the rest.
+
+    Measured on 2 cores, oneDNN's time over the kernel's: 3x3 with 64 channels or more 1.1 to 3.1,
+    with fewer 0.7 to 0.9 at 25,000 pixels and 1.1 to 2.5 at 8,000 or fewer; 1x1 0.7 with 64
+    channels at 8,000 pixels, 1.4 to 5.2 with more channels or fewer pixels; NCHW, copies included,
+    0.6 to 0.9 at 8,000 pixels or more, 1.1 to 2.7 below.
+    """
+    if gy.dtype != torch.bfloat16 or groups != 1 or not _tiles_are_there(gy):
+        return False
+    out_channels, channels, height, width = weight_size
+    pixels = _pixels(gy)
+    if not x.numel() or pixels <= out_channels:
+        return False
+    if not prefers_channels_last(x):
+        return pixels <= 4096
+    if height * width == 1:
+        return pixels <= 4096 or channels >= 128
+    return pixels <= 8192 or min(channels, out_channels) >= 64
+
+
+def _tiles_are_there(gy) -> bool:
+    wanted = os.environ.get("FASTINTERP_BACKEND", "auto") in ("auto", "cpu")
+    return wanted and gy.device.type == "cpu" and getattr(_native.core, "amx_bf16", False)
+
+
+def _weight_grad_tiles(gy, x, weight_size, stride, padding, dilation):
+    last = prefers_channels_last(x)
+    gy, x = (t.contiguous(memory_format=torch.channels_last) for t in (gy, x))
+    gweight = unfilled(weight_size, x, True)
+    _native.core.cpu_conv2d_weight_grad(
+        *x.shape[:2],
+        gy.shape[1],
+        *(tuple(t.shape[2:]) for t in (x, gy)),
+        *(tuple(pair) for pair in (weight_size[2:], stride, padding, dilation)),
+        *_backend.addresses(gy, x, gweight),
+        torch.get_num_threads(),
+    )
+    return gweight if last else unfilled(weight_size, x, False).copy_(gweight)
 
 
 def _weight_grad_product(gy, x, weight_size, stride, padding, dilation):
@@ -171,14 +221,14 @@ def _weight_grad_product(gy, x, weight_size, stride, padding, dilation):
 _convolution = torch.ops.aten.convolution.default
 _convolution_backward = torch.ops.aten.convolution_backward.default
 
-for _name, _kernel in (
-    ("conv2d", _forward),
-    ("conv2d_input_grad", _input_grad),
-    ("conv2d_weight_grad", _weight_grad),
+for _name, _kernel, _traced in (
+    ("conv2d", _forward, _forward),
+    ("conv2d_input_grad", _input_grad, _input_grad),
+    ("conv2d_weight_grad", _weight_grad, _weight_grad_by_torch),
 ):
-    # Tracers run the same code, so that torch's own convolution tells them the layouts.
+    # Tracers run torch's code, so that its own convolution tells them the layouts.
     torch.library.impl(f"fastinterp::{_name}", "CompositeExplicitAutograd", _kernel)
-    torch.library.register_fake(f"fastinterp::{_name}", _kernel)
+    torch.library.register_fake(f"fastinterp::{_name}", _traced)
 
 
 def _setup_context(ctx, inputs, output):

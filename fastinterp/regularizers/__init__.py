@@ -7,11 +7,12 @@
     priors.py           smooth, sparse or sufficient explanations
 
 The functions are called name(model, x, y, *, ...), two priors name(attribution), and give a scalar,
-the mean over the batch, which differentiates through the gradients inside it to every parameter. The model computes in its own
-mode, where a docstring does not say otherwise, and nothing of the user's is left changed: flags,
-buffers (running statistics do not move), gradients, hooks; random numbers are drawn from
-``generator`` or the global one, and only where there is noise. With train-mode batch norm the
-examples of a batch depend on one another, and x and its neighbour are two batches.
+the mean over the batch, which differentiates through the gradients inside it to every parameter.
+The model computes in its own mode, where a docstring does not say otherwise, and nothing of the
+user's is left changed: flags, buffers (running statistics do not move), gradients, hooks; random
+numbers are drawn from ``generator`` or the global one, and only where there is noise. With
+train-mode batch norm the examples of a batch depend on one another, and x and its neighbour are two
+batches.
 
 A model wrapped in DistributedDataParallel is called without its wrapper, so its gradients are
 reduced between processes only if the wrapper's own forward runs in the same step; safest is to wrap
@@ -22,6 +23,7 @@ RuntimeError under torch.no_grad() or for a model that cannot be differentiated,
 ValueError for images, labels or options out of range.
 """
 
+from fastinterp.regularizers._explained import MAPS
 from fastinterp.regularizers.alignment import (
     grad_align,
     integrated_gradients_alignment,
@@ -33,7 +35,7 @@ from fastinterp.regularizers.gradient import (
     jacobian_norm,
     right_for_right_reasons,
 )
-from fastinterp.regularizers.interpretation import MAPS, Aux, InterpretationRegularizer
+from fastinterp.regularizers.interpretation import Aux, InterpretationRegularizer
 from fastinterp.regularizers.linearity import cure, local_linearity
 from fastinterp.regularizers.priors import (
     expected_gradients_prior,

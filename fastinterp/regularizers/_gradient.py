@@ -64,7 +64,7 @@ class Borrowed:
         if x.is_inference():
             raise RuntimeError("x was made under torch.inference_mode(); pass x.clone()")
         self._examples, self._y, self._y_checked = len(x), y, False
-        self._loan = borrowed(model, x, differentiable=True, rewind=False)
+        self._loan = borrowed(model, x, differentiable=True, redraw=False)
 
     def __enter__(self) -> Borrowed:
         self.model = self._loan.__enter__()

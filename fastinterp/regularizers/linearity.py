@@ -124,6 +124,6 @@ def _least_linear(net, x, clean, attack):
         gradient, loss = gradient.detach(), net.losses(logits).detach()
 
         def gap(z):
-            return (net.losses(net.logits(z)) - loss - dot(z - x, gradient)).abs().sum()
+            return (net.losses(net.logits(z)) - loss - dot(z - x, gradient)).abs()
 
         return maximise(gap, x, **attack)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from fastinterp._checks import check_attack
 from fastinterp.data import DATASETS, Dataset
 from fastinterp.models import MODELS
-from fastinterp.objectives import METHODS
+from fastinterp.objectives import IG_WEIGHTINGS, METHODS
 from fastinterp.training.rng import RNGS
 
 
@@ -18,9 +18,9 @@ def _option(default, help):
 
 @dataclass
 class TrainConfig:
-    dataset: str = _option("digits", "digits, mnist or cifar10")
+    dataset: str = _option("digits", ", ".join(DATASETS))
     model: str = _option("small", "small, pool or wresnet")
-    method: str = _option("int", "training objective: normal, adv or int")
+    method: str = _option("int", "training objective: " + ", ".join(METHODS))
     compare: list[str] = _option(["normal"], "methods also trained, for the table at the end")
     epochs: int = _option(10, "passes over the training split")
     batch_size: int = _option(50, "the last incomplete batch of an epoch is dropped")
@@ -31,6 +31,10 @@ class TrainConfig:
     attack_steps: int = _option(40, "steps of the inner maximisation")
     step_size: float = _option(0.01, "size of one such step")
     gamma: float = _option(0.01, "weight of the discrepancy")
+    beta: float = _option(1.0, "weight of trades' divergence")
+    ig_weight: float = _option(1.0, "weight of the norm of the integrated gradients, ig-norm")
+    ig_steps: int = _option(5, "points of their path")
+    ig_weighting: str = _option("sum", "of the loss they are of: sum, or batch-mean as released")
     seed: int = _option(99, "of initialisation, order and random starts")
     rng: str = _option("torch", "torch, or paper: the released code's numpy generator")
     eval_eps: list[float] = _option([0.1, 0.2, 0.3], "PGD radii of the table at the end")
@@ -50,12 +54,13 @@ class TrainConfig:
             ("method", self.method, METHODS),
             *(("compare", method, METHODS) for method in self.compare),
             ("rng", self.rng, RNGS),
+            ("ig_weighting", self.ig_weighting, IG_WEIGHTINGS),
         ):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
         if not 0 <= self.seed < 2**32 - 1:
             raise ValueError(f"seed must be between 0 and {2**32 - 2}, got {self.seed}")
-        for name in ("epochs", "batch_size", "eval_steps"):
+        for name in ("epochs", "batch_size", "eval_steps", "ig_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         check_attack(self.eps, self.step_size, self.attack_steps)
@@ -75,8 +80,9 @@ class TrainConfig:
             raise ValueError(
                 f"eps_warmup must be empty or two increasing steps, got {self.eps_warmup}"
             )
-        if self.gamma < 0:
-            raise ValueError(f"gamma must be >= 0, got {self.gamma}")
+        for name in ("gamma", "beta", "ig_weight"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
         if data is not None and self.batch_size > len(data.train):
             raise ValueError(
                 f"batch_size must be at most the {len(data.train)} training images, got "
@@ -108,22 +114,54 @@ class TrainConfig:
         return asdict(self)
 
 
-_MNIST = dict(
-    dataset="mnist",
-    model="small",
-    compare=[],
-    epochs=100,
-    batch_size=50,
-    lr=[1e-4],
-    eps=0.3,
-    eps_warmup=[2000, 10000],
-    attack_steps=40,
-    step_size=0.01,
-    gamma=0.01,
-    eval_eps=[0.1, 0.2, 0.3],
-)
-# The released timing runs: one epoch at the full, constant eps.
-_ONE_EPOCH = dict(epochs=1, eps_warmup=[])
+# The settings of the released code.
+_PAPER = {
+    "mnist": dict(
+        compare=[],
+        epochs=100,
+        batch_size=50,
+        lr=[1e-4],
+        eps=0.3,
+        eps_warmup=[2000, 10000],
+        attack_steps=40,
+        step_size=0.01,
+        gamma=0.01,
+        eval_eps=[0.1, 0.2, 0.3],
+    ),
+    "cifar10": dict(
+        compare=[],
+        epochs=200,
+        batch_size=128,
+        lr=[1e-3, 1e-4, 1e-5],
+        lr_steps=[40_000, 60_000],
+        eps=8 / 255,
+        eps_warmup=[5000, 70_000],
+        attack_steps=10,
+        step_size=2 / 255,
+        gamma=0.01,
+        eval_eps=[2 / 255, 4 / 255, 8 / 255],
+    ),
+    "restricted-imagenet": dict(
+        compare=[],
+        epochs=35,
+        batch_size=64,
+        lr=[1e-3, 1e-4, 1e-5],
+        lr_steps=[8000, 16_000],
+        eps=0.003,
+        eps_warmup=[5000, 10_000],
+        attack_steps=7,
+        step_size=0.1,
+        gamma=0.01,
+        eval_eps=[0.003],
+    ),
+}
+_NETWORKS = {
+    "mnist": ("small", "pool"),
+    "cifar10": ("small", "wresnet"),
+    "restricted-imagenet": ("wresnet",),
+}
+# The released timing runs: one epoch at lr 1e-4 and the full, constant eps.
+_ONE_EPOCH = dict(epochs=1, eps_warmup=[], lr=[1e-4], lr_steps=[])
 
 RECIPES: dict[str, dict] = {
     "digits-small-int": dict(
@@ -143,7 +181,15 @@ RECIPES: dict[str, dict] = {
         eval_steps=100,
     ),
     **{
-        f"mnist-small-{method}{suffix}": {**_MNIST, "method": method, **extra}
+        f"{dataset}-{model}-{method}{suffix}": {
+            **settings,
+            "dataset": dataset,
+            "model": model,
+            "method": method,
+            **extra,
+        }
+        for dataset, settings in _PAPER.items()
+        for model in _NETWORKS[dataset]
         for method in METHODS
         for suffix, extra in (("", {}), ("-1epoch", _ONE_EPOCH))
     },

@@ -89,7 +89,14 @@ class Trainer:
         self.rng.initialise(self.model)
         self.model.to(device)
         self.objective = METHODS[method](
-            self.model, step_size=config.step_size, steps=config.attack_steps, gamma=config.gamma
+            self.model,
+            step_size=config.step_size,
+            steps=config.attack_steps,
+            gamma=config.gamma,
+            beta=config.beta,
+            ig_weight=config.ig_weight,
+            ig_steps=config.ig_steps,
+            ig_weighting=config.ig_weighting,
         )
         self.optimizer = EpsilonHatAdam(self.model.parameters(), lr=config.lr[0])
         self.steps_per_epoch = len(self.train) // config.batch_size
