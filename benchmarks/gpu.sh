@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # One command for a machine with a GPU, nvcc, cmake, ninja and no network: builds the core in place,
-# tests both ops on the device, reads the resource report and times the ops. pybind11 must be
+# tests the ops on the device, reads the resource report and times the ops. pybind11 must be
 # importable (a wheel on PYTHONPATH will do); nothing else beyond torch, triton, numpy, tabulate and
 # pytest with pytest-benchmark and pytest-timeout. Results go to $OUT (default benchmarks/results).
 set -euo pipefail
@@ -20,6 +20,8 @@ python3 -m pytest -q -m gpu tests/test_gpu.py tests/test_data.py 2>&1 | tee "$ou
 echo "== resources"
 python3 -m benchmarks.resources --arch 90 --csv "$out/resources.csv" >"$out/resources.log" 2>&1 ||
   { tail -15 "$out/resources.log"; failed=1; }
+python3 -m benchmarks.traffic --csv "$out/traffic.csv" >"$out/traffic.log" 2>&1 ||
+  { tail -15 "$out/traffic.log"; failed=1; }
 echo "== op benchmarks"
-python3 -m pytest -q benchmarks --csv "$out/gpu.csv" 2>&1 | tee "$out/gpu-ops.log" | grep -E '^(op|attack|cam|FAILED|=|[0-9]+ )' || failed=1
+python3 -m pytest -q benchmarks --csv "$out/gpu.csv" 2>&1 | tee "$out/gpu-ops.log" | grep -E '^(op|attack|cam|batch|conv|max|activation|cross|FAILED|=|[0-9]+ )' || failed=1
 exit $failed

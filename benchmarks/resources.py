@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import importlib
 import itertools
 import os
 import re
@@ -38,7 +39,8 @@ class Row(NamedTuple):
     spill_bytes: int  # stack frame and local memory
 
 
-def _empty(*shape, dtype, channels_last=False):
+def empty(*shape, dtype, channels_last=False):
+    """A tensor that has no data, to call launchers with."""
     tensor = torch.empty(shape, dtype=dtype, device="meta")
     return tensor.to(memory_format=torch.channels_last) if channels_last else tensor
 
@@ -50,8 +52,8 @@ def _accumulation(dtype):
 def _attack_step(dtype, norm, per_example, shape):
     from fastinterp.triton.attack_step import attack_step
 
-    x = _empty(*shape, dtype=dtype)
-    eps = _empty(*shape[: int(per_example)], dtype=_accumulation(dtype))
+    x = empty(*shape, dtype=dtype)
+    eps = empty(*shape[: int(per_example)], dtype=_accumulation(dtype))
     attack_step(x, x, x, eps, eps, norm, 0.0, 1.0, x)
 
 
@@ -59,14 +61,84 @@ def _cam_discrepancy(dtype, norm, shape, classes, channels_last):
     from fastinterp.triton import cam_discrepancy as launch
 
     def maps():
-        return _empty(*shape, dtype=dtype, channels_last=channels_last)
+        return empty(*shape, dtype=dtype, channels_last=channels_last)
 
     acc = _accumulation(dtype)
-    head = None if classes is None else _empty(classes, shape[1], dtype=acc)
-    per_class = _empty(shape[0], shape[1] if classes is None else classes, dtype=acc)
-    total = _empty(shape[0], dtype=acc)
+    head = None if classes is None else empty(classes, shape[1], dtype=acc)
+    per_class = empty(shape[0], shape[1] if classes is None else classes, dtype=acc)
+    total = empty(shape[0], dtype=acc)
     launch.cam_discrepancy_forward(maps(), maps(), head, per_class, norm, total, per_class)
     launch.cam_discrepancy_backward(per_class, maps(), maps(), head, per_class, norm, maps(), head)
+
+
+# Maps as networks have them: vectorised in NCHW, in part, not at all; several pixels a row or one
+_MAPS = (
+    ((32, 64, 32, 32), False),
+    ((16, 256, 14, 14), False),
+    ((64, 512, 7, 7), False),
+    ((32, 16, 32, 32), True),
+    ((32, 256, 8, 8), True),
+    ((5, 10, 7, 7), True),
+)
+
+
+def _batch_norm_act(dtype, activation, shape, channels_last, with_residual, training):
+    from fastinterp.triton._batch_norm_act_second import batch_norm_act_backward_backward
+    from fastinterp.triton.batch_norm_act import batch_norm_act_backward, batch_norm_act_forward
+
+    op = importlib.import_module("fastinterp.ops.batch_norm_act")
+    x = empty(*shape, dtype=dtype, channels_last=channels_last)
+    vector = empty(shape[1], dtype=_accumulation(dtype))
+    residual, mask = x if with_residual else None, None
+    if with_residual and activation in ("relu", "leaky_relu"):
+        mask = empty(1, dtype=torch.uint8)
+    affine = (vector,) * 4
+    kind, rows = (training, 1e-5, activation, 1.0), op._rows(x)
+    running = (None, None) if training else (vector, vector)
+    batch_norm_act_forward((x, residual, mask), affine, *running, x, vector, kind, rows)
+    given, smooth = (x, residual if mask is None else None, mask), activation in op.SMOOTH
+    results = x, x if with_residual else None, vector, vector
+    batch_norm_act_backward(given, affine, x, x, *results, kind, rows)
+    cotangents = x, x if with_residual else None, vector, vector
+    batch_norm_act_backward_backward(
+        *(given, affine, x, cotangents, (vector, vector), x, x),
+        *(x if smooth and with_residual else None, vector, vector, kind, rows),
+    )
+
+
+def _activation(dtype, kind):
+    from fastinterp.triton import activation as launch
+
+    x = empty(50, 16, 14, 14, dtype=dtype)
+    launch.activation_forward(x, kind, 1.0, x)
+    launch.activation_backward(x, x, kind, 1.0, x)
+    launch.activation_backward_backward(x, x, x, kind, 1.0, x, x)
+
+
+def _max_pool2d(dtype, shape, channels_last, window):
+    from fastinterp.ops._window import pooled_size
+    from fastinterp.triton import max_pool2d as launch
+
+    pooled = *shape[:2], *pooled_size(shape[2:], *window, False)
+    x, y = (empty(*s, dtype=dtype, channels_last=channels_last) for s in (shape, pooled))
+    offsets = empty(*pooled, dtype=torch.uint8, channels_last=channels_last)
+    launch.max_pool2d_forward(x, y, offsets, channels_last, window)
+    launch.max_pool2d_scatter(y, offsets, x, channels_last, window)
+    launch.max_pool2d_gather(x, offsets, y, channels_last, window)
+
+
+def _cross_entropy(dtype, shape, reduction, smoothing):
+    from fastinterp.triton import cross_entropy as launch
+
+    acc = _accumulation(dtype)
+    logits, target = empty(*shape, dtype=dtype), empty(shape[0], dtype=torch.int64)
+    losses, total = empty(shape[0], dtype=acc), empty(dtype=acc)
+    shift, how = empty(shape[0], 2, dtype=acc), (reduction, smoothing, -100)
+    total = None if reduction == "none" else total
+    saved = logits, target, shift, losses
+    launch.cross_entropy_forward(logits, target, shift, losses, losses, total, how)
+    launch.cross_entropy_backward(losses, *saved, logits, how)
+    launch.cross_entropy_backward_backward(logits, losses, *saved, losses, logits, how)
 
 
 def triton_cases() -> Iterator[tuple[str, Callable[[], None]]]:
@@ -86,9 +158,50 @@ def triton_cases() -> Iterator[tuple[str, Callable[[], None]]]:
     for dtype, norm, (shape, classes, channels_last) in itertools.product(
         DTYPES, ("l1", "l2"), cam_shapes
     ):
-        order = "channels_last" if channels_last else "NCHW"
-        case = f"{norm} {dtype} {shape} K={classes or shape[1]} {order}"
+        case = f"{norm} {dtype} {shape} K={classes or shape[1]} {_order(channels_last)}"
         yield case, lambda a=(dtype, norm, shape, classes, channels_last): _cam_discrepancy(*a)
+    yield from _network_cases()
+
+
+def _norm_cases():
+    """dtype, activation, map, residual, training: all that differs, not all of the product."""
+    ends, others = (_MAPS[0], _MAPS[4]), (*_MAPS[1:4], _MAPS[5])
+    bf16, two = torch.bfloat16, ("relu", "gelu")
+    yield from itertools.product(
+        (bf16,), ("identity", *two, "softplus", "silu"), ends, (False, True), (True,)
+    )
+    yield from itertools.product((torch.float32, torch.float64), two, ends, (False, True), (True,))
+    yield from itertools.product((torch.float16,), ("relu",), ends, (False, True), (True,))
+    yield from itertools.product((bf16, torch.float32), two, others, (True,), (True,))
+    yield from itertools.product((bf16,), two, ends, (True,), (False,))
+
+
+def _network_cases():
+    for dtype, activation, (shape, last), residual, training in _norm_cases():
+        case = f"{activation} {dtype} {shape} {_order(last)}"
+        case += f"{' residual' * residual}{' eval' * (not training)}"
+        arguments = dtype, activation, shape, last, residual, training
+        yield case, lambda a=arguments: _batch_norm_act(*a)
+    for dtype, kind in itertools.product(DTYPES, ("softplus", "silu", "gelu")):
+        yield f"{kind} {dtype}", lambda a=(dtype, kind): _activation(*a)
+    pools = (
+        ((50, 32, 28, 28), ((2, 2), (2, 2), (0, 0), (1, 1))),
+        ((64, 64, 112, 112), ((3, 3), (2, 2), (1, 1), (1, 1))),
+        ((2, 5, 31, 33), ((5, 4), (1, 3), (2, 0), (1, 2))),
+    )
+    for dtype, (shape, window), last in itertools.product(DTYPES, pools, (False, True)):
+        case = f"{window[0]} {dtype} {shape} {_order(last)}"
+        yield case, lambda a=(dtype, shape, last, window): _max_pool2d(*a)
+    logits = ((50, 10), (256, 1000), (33, 50257))
+    for dtype, shape, reduction, smoothing in itertools.product(
+        DTYPES, logits, ("mean", "none"), (0.0, 0.1)
+    ):
+        case = f"{reduction} {dtype} {shape} smoothing {smoothing}"
+        yield case, lambda a=(dtype, shape, reduction, smoothing): _cross_entropy(*a)
+
+
+def _order(channels_last):
+    return "channels_last" if channels_last else "NCHW"
 
 
 def _cuobjdump() -> str:

@@ -5,13 +5,33 @@ import math
 import pytest
 import torch
 from accuracy_rule import assert_as_accurate
+from network_checks import (
+    LAST,
+    LOSS_SIZES,
+    NCHW,
+    NORM_CASES,
+    NORM_SHAPES,
+    check_activation,
+    check_batch_norm_act,
+    check_cross_entropy,
+    check_max_pool2d,
+)
+from test_activation import SMOOTH
 from test_attack_step import inputs as step_inputs
 from test_attack_step import plain as plain_step
 from test_cam_discrepancy import gradients as cam_gradients
 from test_cam_discrepancy import inputs as cam_inputs
 from test_cam_discrepancy import plain as plain_cam
+from test_max_pool2d import CASES as POOL_CASES
 
-from fastinterp.ops import attack_step, cam_discrepancy
+from fastinterp.ops import (
+    activation,
+    attack_step,
+    batch_norm_act,
+    cam_discrepancy,
+    cross_entropy,
+    max_pool2d,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -21,6 +41,12 @@ pytestmark = [
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Multiples of a vector and not, one block and many, more than one block per example
 STEP_SHAPES = [(1, 1), (3, 7), (4, 1, 28, 28), (5, 3, 37, 41), (64, 3, 224, 224)]
+NORM_LARGE = [
+    ((32, 64, 32, 32), NCHW, True, True),
+    ((32, 64, 32, 32), LAST, True, True),
+    ((16, 100, 7, 7), NCHW, False, True),
+    ((8, 320, 9, 9), LAST, True, True),
+]
 CAM_SIZES = [(1, 1, 1, 1, 1), (50, 100, 10, 7, 7), (2, 5, 70, 9, 13), (8, 2048, 1000, 7, 7)]
 
 
@@ -102,6 +128,49 @@ def test_cam_repeats_bit_for_bit(triton_backend):
     assert all(map(torch.equal, first, second))
 
 
+def test_layers_repeat_bit_for_bit(triton_backend):
+    function, tensors = list(cases())[2]
+    first, second = (function(*tensors) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("kind", ["identity", "relu", "leaky_relu", "softplus", "silu", "gelu"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_batch_norm_act(triton_backend, dtype, kind, training):
+    for case in NORM_CASES + NORM_SHAPES + NORM_LARGE:
+        check_batch_norm_act(case, dtype, kind, training, device="cuda")
+
+
+@pytest.mark.parametrize("layout", [NCHW, LAST], ids=["nchw", "channels_last"])
+def test_batch_norm_act_with_a_mean_of_a_thousand_standard_deviations(triton_backend, layout):
+    case = (8, 16, 9, 7), layout, True, True
+    check_batch_norm_act(case, torch.float32, "relu", True, shift=2e3, device="cuda")
+
+
+@pytest.mark.parametrize("kind", SMOOTH, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [(37, 5), (32, 64, 32, 32)], ids=str)
+def test_activation(triton_backend, size, dtype, kind):
+    check_activation(size, dtype, kind, device="cuda")
+
+
+@pytest.mark.parametrize("layout", [NCHW, LAST], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_max_pool2d(triton_backend, dtype, layout):
+    large = (16, 64, 56, 56), (3, 2, 1, 1, False)
+    for size, window in (*POOL_CASES, large):
+        check_max_pool2d(size, window, dtype, layout, device="cuda")
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [*LOSS_SIZES, (256, 1000)], ids=str)
+def test_cross_entropy(triton_backend, size, dtype, smoothing, reduction):
+    check_cross_entropy(size, dtype, smoothing, reduction, device="cuda")
+
+
 def steps(x, grad):
     """Two dependent steps, so that a wrong stream or a missing wait shows."""
     arguments = dict(eps=0.2, step_size=0.1)
@@ -115,17 +184,29 @@ def cam(features, features_adv, head, weights):
     return total, distances, *torch.autograd.grad(total.sum(), leaves)
 
 
+def layers(x, v, weight):
+    """Loss, input gradient and a double backprop through every network op."""
+    leaves = x, weight = [t.detach().requires_grad_() for t in (x, weight)]
+    y = batch_norm_act(x, weight, residual=x, training=True, activation="relu")
+    y = activation(max_pool2d(y, 3, 2, 1), "silu")
+    target = torch.arange(len(x), device=x.device) % y.shape[1]
+    loss = cross_entropy(y.mean((2, 3)), target)
+    (gx,) = torch.autograd.grad(loss, x, create_graph=True)
+    return loss.detach(), gx.detach(), *torch.autograd.grad(gx, leaves, v)
+
+
 def cases():
     tensors = [t.cuda() for t in step_inputs((64, 3, 32, 32), torch.float32)]
     yield steps, tensors[:2]
     yield cam, on_device(cam_inputs((50, 100, 10, 7, 7), True, torch.float32))
+    yield layers, [*torch.randn(2, 32, 64, 15, 15, device="cuda"), torch.rand(64, device="cuda")]
 
 
 def flat(result):
     return [result] if isinstance(result, torch.Tensor) else list(result)
 
 
-@pytest.mark.parametrize("case", [0, 1], ids=["attack_step", "cam_discrepancy"])
+@pytest.mark.parametrize("case", [0, 1, 2], ids=["attack_step", "cam_discrepancy", "layers"])
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_runs_on_the_current_stream(monkeypatch, backend, case):
     monkeypatch.setenv("FASTINTERP_BACKEND", "triton" if case else backend)
@@ -144,7 +225,7 @@ def test_runs_on_the_current_stream(monkeypatch, backend, case):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("case", [0, 1], ids=["attack_step", "cam_discrepancy"])
+@pytest.mark.parametrize("case", [0, 1, 2], ids=["attack_step", "cam_discrepancy", "layers"])
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_replays_in_a_cuda_graph(monkeypatch, backend, case):
     monkeypatch.setenv("FASTINTERP_BACKEND", "triton" if case else backend)

@@ -25,7 +25,7 @@ def run(function, x, window, v=None):
     """y, gx, ggy of a function of gx, as float tensors without history."""
     leaf = x.detach().requires_grad_()
     y = function(leaf, *window)
-    gy = torch.linspace(-2, 3, y.numel()).reshape(y.shape).to(y.dtype).requires_grad_()
+    gy = torch.linspace(-2, 3, y.numel()).reshape(y.shape).to(y).requires_grad_()
     (gx,) = torch.autograd.grad(y, leaf, gy, create_graph=True)
     v = torch.randn_like(x) if v is None else v
     (ggy,) = torch.autograd.grad(gx, gy, v)

@@ -18,10 +18,10 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
 
-def run(*arguments, **environment):
+def run(*arguments, module="benchmarks.resources", **environment):
     inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     return subprocess.run(
-        [sys.executable, "-m", "benchmarks.resources", *arguments],
+        [sys.executable, "-m", module, *arguments],
         cwd=ROOT,
         env=inherited | environment,
         capture_output=True,
@@ -59,7 +59,20 @@ def test_no_kernel_spills(tmp_path):
         assert row["arch"] == "90"
 
 
-def test_interpreted_kernels_are_refused():
-    result = run(TRITON_INTERPRET="1")
+def test_predicted_traffic_is_near_the_floor(tmp_path):
+    table = tmp_path / "traffic.csv"
+    result = run("--csv", str(table), module="benchmarks.traffic")
+    assert result.returncode == 0, result.stdout + result.stderr
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    totals = [row for row in rows if row["kernel"] == "together"]
+    assert {row["order"] for row in totals} == {"forward", "backward", "second"}
+    for row in totals:  # beyond the floor: partial sums and values per channel
+        assert 1 <= float(row["a"]) / float(row["floor_a"]) < 1.1, row
+
+
+@pytest.mark.parametrize("module", ["benchmarks.resources", "benchmarks.traffic"])
+def test_interpreted_kernels_are_refused(module):
+    result = run(module=module, TRITON_INTERPRET="1")
     assert result.returncode == 2
     assert "TRITON_INTERPRET=1" in result.stderr

@@ -52,7 +52,8 @@ def borrowed(
         differentiable: a graph is recorded, and attention must have one that can be differentiated
             again.
         evaluation: run in evaluation mode rather than the model's own.
-        redraw: the random numbers drawn inside are drawn again by whoever draws next.
+        redraw: the random numbers drawn inside are drawn again by whoever draws next. Not for a
+            loss: a loop that draws nothing else would drop the same units at every step.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -147,15 +148,13 @@ def gradients(scores: torch.Tensor, z: torch.Tensor, create_graph: bool) -> torc
     Raises:
         RuntimeError: scores do not depend on z through operations that autograd has seen.
     """
-    if not scores.requires_grad:
-        raise NoGradientError(_NO_GRAPH)
     k = scores.shape[1]
     if k == 1:
-        return _gradient(scores, z, torch.ones_like(scores), create_graph)[:, None]
+        return vjp(scores, z, torch.ones_like(scores), create_graph)[:, None]
     one_class = torch.eye(k, dtype=scores.dtype, device=scores.device)
 
     def backward(column):
-        return _gradient(scores, z, column.expand_as(scores), create_graph, retain_graph=True)
+        return vjp(scores, z, column.expand_as(scores), create_graph, retain_graph=True)
 
     # torch.vmap knows how to batch convolutions and norms; is_grads_batched of autograd.grad loops.
     try:
@@ -192,7 +191,20 @@ _NO_GRAPH = (
 )
 
 
-def _gradient(scores, z, cotangent, create_graph, retain_graph=None):
+def vjp(
+    scores: torch.Tensor,
+    z: torch.Tensor,
+    cotangent: torch.Tensor,
+    create_graph: bool,
+    retain_graph: bool | None = None,
+) -> torch.Tensor:
+    """d <cotangent, scores> / dz.
+
+    Raises:
+        NoGradientError: scores do not depend on z through operations that autograd has seen.
+    """
+    if not scores.requires_grad:
+        raise NoGradientError(_NO_GRAPH)
     (gradient,) = torch.autograd.grad(
         scores,
         z,

@@ -36,7 +36,7 @@ torch.library.define(
     " -> (Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
-_backend.KERNELS["activation"] = ("cpu",)
+_backend.KERNELS["activation"] = ("cpu", "triton")
 
 
 def activation(x: torch.Tensor, kind: str, alpha: float | None = None) -> torch.Tensor:
@@ -112,10 +112,16 @@ def _forward(x, kind, alpha):
     # ATen's own relu and leaky_relu are as fast as memory allows.
     if kind in _PIECEWISE_LINEAR:
         return value(x, kind, alpha)
-    if _backend.choose("activation", x) == "reference":
+    backend = _backend.choose("activation", x)
+    if backend == "reference":
         return reference(x, kind, alpha)
     x = without_gaps(x)
     y = torch.empty_like(x)
+    if backend == "triton":
+        from fastinterp.triton.activation import activation_forward as launch
+
+        launch(x, kind, alpha, y)
+        return y
     _launch("activation", x, kind, alpha, None, None, y)
     return y
 
@@ -130,23 +136,35 @@ def _piecewise_linear_backward(grad, saved, kind, alpha):
 def _backward_impl(grad, saved, kind, alpha):
     if kind in _PIECEWISE_LINEAR:
         return _piecewise_linear_backward(grad, saved, kind, alpha)
-    if _backend.choose("activation", saved) == "reference":
+    backend = _backend.choose("activation", saved)
+    if backend == "reference":
         return reference_backward(grad, saved, kind, alpha)
     x = without_gaps(saved)
-    gx = torch.empty_like(x)
-    _launch("activation_backward", x, kind, alpha, dense_as(grad, x), None, gx)
+    gx, grad = torch.empty_like(x), dense_as(grad, x)
+    if backend == "triton":
+        from fastinterp.triton.activation import activation_backward as launch
+
+        launch(grad, x, kind, alpha, gx)
+        return gx
+    _launch("activation_backward", x, kind, alpha, grad, None, gx)
     return gx
 
 
 @torch.library.impl("fastinterp::activation_backward_backward", "CompositeExplicitAutograd")
 def _backward_backward_impl(v, grad, x, kind, alpha, need_ggy, need_gx2):
-    if _backend.choose("activation", x) == "reference":
+    backend = _backend.choose("activation", x)
+    if backend == "reference":
         return reference_backward_backward(v, grad, x, kind, alpha, need_ggy, need_gx2)
     x = without_gaps(x)
+    v, grad = dense_as(v, x), dense_as(grad, x)
     outputs = _fake_backward_backward(v, grad, x, kind, alpha, need_ggy, need_gx2)
-    _launch(
-        "activation_backward_backward", x, kind, alpha, dense_as(grad, x), dense_as(v, x), *outputs
-    )
+    if backend == "triton":
+        from fastinterp.triton.activation import activation_backward_backward as launch
+
+        ggy, gx2 = outputs
+        launch(v, grad, x, kind, alpha, ggy if need_ggy else None, gx2 if need_gx2 else None)
+        return outputs
+    _launch("activation_backward_backward", x, kind, alpha, grad, v, *outputs)
     return outputs
 
 

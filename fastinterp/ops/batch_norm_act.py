@@ -60,7 +60,7 @@ torch.library.define(
     " -> (Tensor ggy, Tensor gx, Tensor gresidual, Tensor gweight, Tensor gbias)",
     tags=torch.Tag.pt2_compliant_tag,
 )
-_backend.KERNELS["batch_norm_act"] = ("cpu",)
+_backend.KERNELS["batch_norm_act"] = ("cpu", "triton")
 
 
 def batch_norm_act(
@@ -198,6 +198,15 @@ def _unpack(mask: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return (bits.movedim(-1, 1) if is_channels_last(x) else bits).bool()
 
 
+def _rows(x: torch.Tensor) -> tuple[int, int, bool]:
+    return *_mask_rows(x), is_channels_last(x)
+
+
+def _wanted(*tensors: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """None for the empty tensors that stand for what nobody wants."""
+    return tuple(t if t.numel() else None for t in tensors)
+
+
 def _header(x, kind):
     training, eps, activation, alpha = kind
     return (
@@ -240,7 +249,8 @@ def _forward(x, residual, weight, bias, running_mean, running_var, *kind):
     residual = dense_as(residual, x)
     results = _forward_results(x, residual, training, activation)
     y, mean, rstd, unbiased_var, mask, _ = results
-    if _backend.choose("batch_norm_act", x) == "reference":
+    backend = _backend.choose("batch_norm_act", x)
+    if backend == "reference":
         with torch.autocast(x.device.type, enabled=False):
             *values, positive = reference.forward(
                 x, residual, weight, bias, running_mean, running_var, kind
@@ -248,6 +258,12 @@ def _forward(x, residual, weight, bias, running_mean, running_var, *kind):
         _fill(results[:-1], (*values, _pack(positive, x) if mask.numel() else None))
         return results
     weight, bias, running_mean, running_var = _contiguous(weight, bias, running_mean, running_var)
+    if backend == "triton":
+        from fastinterp.triton.batch_norm_act import batch_norm_act_forward as launch
+
+        given, affine = (x, residual, *_wanted(mask)), (weight, bias, mean, rstd)
+        launch(given, affine, running_mean, running_var, y, unbiased_var, kind, _rows(x))
+        return results
     _native.core.cpu_batch_norm_act_forward(
         _header(x, kind),
         *_backend.addresses(x, residual, weight, bias, mean, rstd, mask),
@@ -262,7 +278,8 @@ def _backward_impl(gy, x, residual, mask, weight, bias, mean, rstd, proxy, adden
     x = dense(x)
     gy, residual, addend = (dense_as(t, x) for t in (gy, residual, addend))
     results = _results(x, mean.dtype, (need_x, need_residual), (need_affine,) * 2)
-    if _backend.choose("batch_norm_act", x) == "reference":
+    backend = _backend.choose("batch_norm_act", x)
+    if backend == "reference":
         with torch.autocast(x.device.type, enabled=False):
             mask = None if mask is None else _unpack(mask, x)
             values = reference.backward(
@@ -270,6 +287,12 @@ def _backward_impl(gy, x, residual, mask, weight, bias, mean, rstd, proxy, adden
             )
         return _fill(results, values)
     weight, bias = _contiguous(weight, bias)
+    if backend == "triton":
+        from fastinterp.triton.batch_norm_act import batch_norm_act_backward as launch
+
+        given, affine = (x, residual, mask), (weight, bias, mean, rstd)
+        launch(given, affine, gy, addend, *_wanted(*results), kind, _rows(x))
+        return results
     _native.core.cpu_batch_norm_act_backward(
         _header(x, kind),
         *_backend.addresses(x, residual, weight, bias, mean, rstd, mask, gy, addend),
@@ -286,7 +309,8 @@ def _backward_backward_impl(
     x = dense(x)
     v, u, gy, residual = (dense_as(t, x) for t in (v, u, gy, residual))
     results = _results(x, mean.dtype, need[:3], need[3:] * 2)
-    if _backend.choose("batch_norm_act", x) == "reference":
+    backend = _backend.choose("batch_norm_act", x)
+    if backend == "reference":
         with torch.autocast(x.device.type, enabled=False):
             mask = None if mask is None else _unpack(mask, x)
             values = reference.backward_backward(
@@ -296,6 +320,15 @@ def _backward_backward_impl(
         return _fill(results, values)
     vectors = _contiguous(a_weight, a_bias, sum_gx, sum_g, weight, bias)
     a_weight, a_bias, sum_gx, sum_g, weight, bias = vectors
+    if backend == "triton":
+        from fastinterp.triton._batch_norm_act_second import batch_norm_act_backward_backward
+
+        given, affine = (x, residual, mask), (weight, bias, mean, rstd)
+        cotangents, first = (v, u, a_weight, a_bias), _wanted(sum_gx, sum_g)
+        batch_norm_act_backward_backward(
+            given, affine, gy, cotangents, first, *_wanted(*results), kind, _rows(x)
+        )
+        return results
     _native.core.cpu_batch_norm_act_backward_backward(
         _header(x, kind),
         *_backend.addresses(

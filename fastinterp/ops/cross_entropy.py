@@ -37,7 +37,7 @@ torch.library.define(
     " -> (Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
-_backend.KERNELS["cross_entropy"] = ("cpu",)
+_backend.KERNELS["cross_entropy"] = ("cpu", "triton")
 
 
 def cross_entropy(
@@ -63,7 +63,8 @@ def cross_entropy(
     Raises:
         ValueError: shapes, reduction or label_smoothing are not as described.
         TypeError: logits are not floating point, or target is not int64.
-        IndexError: a target on the CPU is out of range. On a GPU the kernel fails instead.
+        IndexError: a target on the CPU is out of range. On a GPU the example's loss and gradient
+            are NaN, or plain torch's kernel fails.
     """
     if logits.dim() != 2 or logits.shape[1] < 1:
         raise ValueError(f"logits must be (N, K) with K >= 1, got {tuple(logits.shape)}")
@@ -180,11 +181,17 @@ def _common(logits, target, shift, scale, reduction, label_smoothing, ignore_ind
 
 @torch.library.impl("fastinterp::cross_entropy", "CompositeExplicitAutograd")
 def _forward(logits, target, *how):
-    if _backend.choose("cross_entropy", logits) == "reference":
+    backend = _backend.choose("cross_entropy", logits)
+    if backend == "reference":
         return reference(logits, target, *how)
     logits, target = logits.contiguous(), target.contiguous()
     total, shift, scale = _fake(logits, target, *how)
     losses = total if how[0] == "none" else total.new_empty(len(logits))
+    if backend == "triton":
+        from fastinterp.triton.cross_entropy import cross_entropy_forward as launch
+
+        launch(logits, target, shift, scale, losses, None if losses is total else total, how)
+        return total, shift, scale
     bad = _native.core.cpu_cross_entropy(
         *_common(logits, target, shift, scale, *how),
         losses.data_ptr(),
@@ -196,10 +203,16 @@ def _forward(logits, target, *how):
 
 @torch.library.impl("fastinterp::cross_entropy_backward", "CompositeExplicitAutograd")
 def _backward_impl(grad, logits, target, shift, scale, *how):
-    if _backend.choose("cross_entropy", logits) == "reference":
+    backend = _backend.choose("cross_entropy", logits)
+    if backend == "reference":
         return reference_backward(grad, logits, target, shift, scale, *how)
     logits, target = logits.contiguous(), target.contiguous()
     out = torch.empty_like(logits)
+    if backend == "triton":
+        from fastinterp.triton.cross_entropy import cross_entropy_backward as launch
+
+        launch(grad, logits, target, shift, scale, out, how)
+        return out
     _native.core.cpu_cross_entropy_backward(
         *_common(logits, target, shift, scale, *how),
         grad.data_ptr(),
@@ -213,20 +226,27 @@ def _backward_impl(grad, logits, target, shift, scale, *how):
 
 @torch.library.impl("fastinterp::cross_entropy_backward_backward", "CompositeExplicitAutograd")
 def _backward_backward_impl(v, grad, logits, target, shift, scale, *how_and_need):
-    if _backend.choose("cross_entropy", logits) == "reference":
+    backend = _backend.choose("cross_entropy", logits)
+    if backend == "reference":
         return reference_backward_backward(v, grad, logits, target, shift, scale, *how_and_need)
     *how, need_grad, need_logits = how_and_need
     logits, target, v = logits.contiguous(), target.contiguous(), v.contiguous()
     per_example = shift.new_empty(len(logits) if need_grad else 0)
     gz2 = torch.empty_like(logits) if need_logits else logits.new_empty(0)
-    _native.core.cpu_cross_entropy_backward_backward(
-        *_common(logits, target, shift, scale, *how),
-        grad.data_ptr(),
-        grad.stride(0) if grad.dim() else 0,
-        v.data_ptr(),
-        per_example.data_ptr() if need_grad else 0,
-        gz2.data_ptr() if need_logits else 0,
-    )
+    if backend == "triton":
+        from fastinterp.triton.cross_entropy import cross_entropy_backward_backward as launch
+
+        results = per_example if need_grad else None, gz2 if need_logits else None
+        launch(v, grad, logits, target, shift, scale, *results, how)
+    else:
+        _native.core.cpu_cross_entropy_backward_backward(
+            *_common(logits, target, shift, scale, *how),
+            grad.data_ptr(),
+            grad.stride(0) if grad.dim() else 0,
+            v.data_ptr(),
+            per_example.data_ptr() if need_grad else 0,
+            gz2.data_ptr() if need_logits else 0,
+        )
     return per_example.sum() if need_grad and grad.dim() == 0 else per_example, gz2
 
 

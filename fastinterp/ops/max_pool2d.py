@@ -39,7 +39,7 @@ torch.library.define(
     f"(Tensor v, Tensor offsets, {_WINDOW}, bool channels_last) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
-_backend.KERNELS["max_pool2d"] = ("cpu",)
+_backend.KERNELS["max_pool2d"] = ("cpu", "triton")
 
 
 def max_pool2d(
@@ -155,11 +155,17 @@ def _forward(x, kernel_size, stride, padding, dilation, ceil_mode):
     window = (kernel_size, stride, padding, dilation)
     last = prefers_channels_last(x)
     y, offsets = _fake(x, *window, ceil_mode)
-    if _backend.choose("max_pool2d", x) == "reference":
+    backend = _backend.choose("max_pool2d", x)
+    if backend == "reference":
         for out, value in zip((y, offsets), reference(x, *window, ceil_mode), strict=True):
             out.copy_(value)
+        return y, offsets
+    x = x.contiguous(memory_format=memory_format(last))
+    if backend == "triton":
+        from fastinterp.triton.max_pool2d import max_pool2d_forward as launch
+
+        launch(x, y, offsets, last, window)
     else:
-        x = x.contiguous(memory_format=memory_format(last))
         _launch("max_pool2d", x, y, offsets, last, window)
     return y, offsets
 
@@ -168,10 +174,16 @@ def _forward(x, kernel_size, stride, padding, dilation, ceil_mode):
 def _backward_impl(grad, offsets, height, width, *window_and_layout):
     *window, last = window_and_layout
     out = _fake_backward(grad, offsets, height, width, *window_and_layout)
-    if _backend.choose("max_pool2d", grad) == "reference":
+    backend = _backend.choose("max_pool2d", grad)
+    if backend == "reference":
         return out.copy_(reference_backward(grad, offsets, height, width, *window_and_layout))
     grad = grad.contiguous(memory_format=memory_format(last))
-    _launch("max_pool2d_backward", out, grad, offsets, last, window)
+    if backend == "triton":
+        from fastinterp.triton.max_pool2d import max_pool2d_scatter as launch
+
+        launch(grad, offsets, out, last, window)
+    else:
+        _launch("max_pool2d_backward", out, grad, offsets, last, window)
     return out
 
 
@@ -179,10 +191,16 @@ def _backward_impl(grad, offsets, height, width, *window_and_layout):
 def _backward_backward_impl(v, offsets, *window_and_layout):
     *window, last = window_and_layout
     out = _fake_backward_backward(v, offsets, *window_and_layout)
-    if _backend.choose("max_pool2d", v) == "reference":
+    backend = _backend.choose("max_pool2d", v)
+    if backend == "reference":
         return out.copy_(reference_backward_backward(v, offsets, *window_and_layout))
     v = v.contiguous(memory_format=memory_format(last))
-    _launch("max_pool2d_backward_backward", v, out, offsets, last, window)
+    if backend == "triton":
+        from fastinterp.triton.max_pool2d import max_pool2d_gather as launch
+
+        launch(v, offsets, out, last, window)
+    else:
+        _launch("max_pool2d_backward_backward", v, out, offsets, last, window)
     return out
 
 
