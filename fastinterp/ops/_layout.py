@@ -61,3 +61,16 @@ def unfilled(shape, like: torch.Tensor, channels_last: bool, dtype=None) -> torc
         device=like.device,
         memory_format=memory_format(channels_last),
     )
+
+
+def contiguous(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """Each of them contiguous; None stays None."""
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
+def filled(results, values):
+    """``results``, with what was computed copied into those that are wanted, not empty."""
+    for result, value in zip(results, values, strict=True):
+        if result.numel():
+            result.copy_(value)
+    return results

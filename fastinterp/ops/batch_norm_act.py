@@ -34,7 +34,7 @@ from fastinterp.ops._autograd import (
     remember_edges,
     wanted,
 )
-from fastinterp.ops._layout import dense, dense_as, is_channels_last
+from fastinterp.ops._layout import contiguous, dense, dense_as, filled, is_channels_last
 
 _KIND = "bool training, float eps, str activation, float alpha"
 _INPUTS = "Tensor x, Tensor? residual, Tensor? mask, Tensor? weight, Tensor? bias"
@@ -222,10 +222,6 @@ def _header(x, kind):
     )
 
 
-def _contiguous(*vectors):
-    return [None if t is None else t.contiguous() for t in vectors]
-
-
 def _results(x, acc, tensors, vectors):
     """Unfilled results, empty where not wanted: like x, then one value per channel."""
     return [
@@ -255,9 +251,9 @@ def _forward(x, residual, weight, bias, running_mean, running_var, *kind):
             *values, positive = reference.forward(
                 x, residual, weight, bias, running_mean, running_var, kind
             )
-        _fill(results[:-1], (*values, _pack(positive, x) if mask.numel() else None))
+        filled(results[:-1], (*values, _pack(positive, x) if mask.numel() else None))
         return results
-    weight, bias, running_mean, running_var = _contiguous(weight, bias, running_mean, running_var)
+    weight, bias, running_mean, running_var = contiguous(weight, bias, running_mean, running_var)
     if backend == "triton":
         from fastinterp.triton.batch_norm_act import batch_norm_act_forward as launch
 
@@ -285,8 +281,8 @@ def _backward_impl(gy, x, residual, mask, weight, bias, mean, rstd, proxy, adden
             values = reference.backward(
                 gy, x, residual, mask, weight, bias, mean, rstd, addend, kind
             )
-        return _fill(results, values)
-    weight, bias = _contiguous(weight, bias)
+        return filled(results, values)
+    weight, bias = contiguous(weight, bias)
     if backend == "triton":
         from fastinterp.triton.batch_norm_act import batch_norm_act_backward as launch
 
@@ -317,8 +313,8 @@ def _backward_backward_impl(
                 *(v, u, a_weight, a_bias, gy, x, residual, mask, weight, bias, mean, rstd),
                 *(sum_gx, sum_g, kind),
             )
-        return _fill(results, values)
-    vectors = _contiguous(a_weight, a_bias, sum_gx, sum_g, weight, bias)
+        return filled(results, values)
+    vectors = contiguous(a_weight, a_bias, sum_gx, sum_g, weight, bias)
     a_weight, a_bias, sum_gx, sum_g, weight, bias = vectors
     if backend == "triton":
         from fastinterp.triton._batch_norm_act_second import batch_norm_act_backward_backward
@@ -336,13 +332,6 @@ def _backward_backward_impl(
         ),
         *_backend.addresses(sum_gx, sum_g, *results),
     )
-    return results
-
-
-def _fill(results, values):
-    for result, value in zip(results, values, strict=True):
-        if result.numel():
-            result.copy_(value)
     return results
 
 

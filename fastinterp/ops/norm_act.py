@@ -23,7 +23,14 @@ from fastinterp.ops import _backend
 from fastinterp.ops import _norm_act_reference as reference
 from fastinterp.ops._activations import ACTIVATIONS, SMOOTH, checked_alpha
 from fastinterp.ops._autograd import no_third_order, register_autograd, remember_edges, wanted
-from fastinterp.ops._layout import dense, dense_as, is_channels_last, prefers_channels_last
+from fastinterp.ops._layout import (
+    contiguous,
+    dense,
+    dense_as,
+    filled,
+    is_channels_last,
+    prefers_channels_last,
+)
 
 _KIND = "SymInt groups, float eps, str activation, float alpha"
 _INPUTS = "Tensor x, Tensor? residual, Tensor? weight, Tensor? bias"
@@ -124,10 +131,6 @@ def _header(x, kind):
     )
 
 
-def _contiguous(*vectors):
-    return [None if t is None else t.contiguous() for t in vectors]
-
-
 def _results(x, acc, groups, tensors, vectors, statistics):
     """Unfilled results, empty where not wanted: like x, one value per channel, one per group."""
     n, c = x.shape[:2]
@@ -155,13 +158,6 @@ def _runs_in_torch(x) -> bool:
     return not x.numel() or _backend.choose("norm_act", x) == "reference"
 
 
-def _fill(results, values):
-    for result, computed in zip(results, values, strict=True):
-        if result.numel():
-            result.copy_(computed)
-    return results
-
-
 @torch.library.impl("fastinterp::norm_act", "CompositeExplicitAutograd")
 def _forward(x, residual, weight, bias, *kind):
     x = dense(x)
@@ -170,9 +166,9 @@ def _forward(x, residual, weight, bias, *kind):
     y, mean, rstd, _ = results
     if _runs_in_torch(x):
         with torch.autocast(x.device.type, enabled=False):
-            _fill(results[:-1], reference.forward(x, residual, weight, bias, kind))
+            filled(results[:-1], reference.forward(x, residual, weight, bias, kind))
         return results
-    weight, bias = _contiguous(weight, bias)
+    weight, bias = contiguous(weight, bias)
     _native.core.cpu_norm_act_forward(
         _header(x, kind), *_backend.addresses(x, residual, weight, bias, mean, rstd, y)
     )
@@ -188,8 +184,8 @@ def _backward_impl(gy, x, residual, weight, bias, mean, rstd, proxy, addend, *op
     if _runs_in_torch(x):
         with torch.autocast(x.device.type, enabled=False):
             values = reference.backward(gy, x, residual, weight, bias, mean, rstd, addend, kind)
-        return _fill(results, values)
-    weight, bias = _contiguous(weight, bias)
+        return filled(results, values)
+    weight, bias = contiguous(weight, bias)
     _native.core.cpu_norm_act_backward(
         _header(x, kind),
         *_backend.addresses(x, residual, weight, bias, mean, rstd, gy, addend, *results),
@@ -211,8 +207,8 @@ def _backward_backward_impl(
                 *(v, u, a_weight, a_bias, gy, x, residual, weight, bias),
                 *(mean, rstd, mean_h, mean_hx, kind),
             )
-        return _fill(results, values)
-    a_weight, a_bias, weight, bias = _contiguous(a_weight, a_bias, weight, bias)
+        return filled(results, values)
+    a_weight, a_bias, weight, bias = contiguous(a_weight, a_bias, weight, bias)
     _native.core.cpu_norm_act_backward_backward(
         _header(x, kind),
         *_backend.addresses(x, residual, weight, bias, mean, rstd, gy, v, u, a_weight, a_bias),
