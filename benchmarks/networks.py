@@ -57,9 +57,11 @@ class WideResNet(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
+    def features(self, x):
+        return self.relu(self.bn(self.blocks(self.conv(x))))
+
     def forward(self, x):
-        x = self.relu(self.bn(self.blocks(self.conv(x))))
-        return self.head(self.pool(x).flatten(1))
+        return self.head(self.pool(self.features(x)).flatten(1))
 
 
 def resnet18() -> nn.Module:

@@ -25,7 +25,8 @@ def neighbour(x):
 
 
 def baselines(x):
-    return torch.rand(7, *x.shape[1:], dtype=x.dtype, generator=torch.Generator().manual_seed(6))
+    source = torch.Generator().manual_seed(6)
+    return torch.rand(7, *x.shape[1:], dtype=torch.float64, generator=source).to(x)
 
 
 def seeded():
@@ -162,6 +163,30 @@ def plain_ig_alignment(net, x, y):
     return one_minus_cosine(plain_ig(net, x, y), plain_ig(net, neighbour(x), y)).mean()
 
 
+def plain_expected_gradients(net, x, y):
+    """Two draws of a baseline and of a point on the way to x, in evaluation mode."""
+    net, source = copy_of_parameters_in_eval(net), seeded()
+    drawn = torch.randint(7, (2, N), generator=source)
+    t = torch.rand(2, N, 1, 1, 1, generator=source)
+    total = 0
+    for i in range(2):
+        b = baselines(x)[drawn[i]]
+        g, _ = plain_gradient(net, b + t[i].to(x) * (x - b), y, "logit")
+        total = total + (x - b) * g.view_as(x) / 2
+    return total
+
+
+def plain_total_variation(net, x, y):
+    m = plain_expected_gradients(net, x, y)
+    down, right = m[:, :, 1:] - m[:, :, :-1], m[..., 1:] - m[..., :-1]
+    return (down.abs().sum() + right.abs().sum()) / N
+
+
+def plain_gini(net, x, y):
+    a = plain_expected_gradients(net, x, y).abs().mean(0).flatten()
+    return -(a[:, None] - a).abs().sum() / (len(a) * a.sum())
+
+
 def plain_saliency_guided(net, x, y):
     g, logits = plain_gradient(net, x, y, "logit")
     order = g.view_as(x).mean(1).flatten(1).argsort(1)
@@ -211,6 +236,16 @@ CASES = {
         dict(x_adv=neighbour, steps=8),
         plain_ig_alignment,
     ),
+    "eg-total-variation": Case(
+        R.expected_gradients_prior,
+        dict(baselines=baselines, samples=2, generator=seeded),
+        plain_total_variation,
+    ),
+    "eg-gini": Case(
+        R.expected_gradients_prior,
+        dict(baselines=baselines, samples=2, generator=seeded, prior="gini"),
+        plain_gini,
+    ),
     "cure": Case(R.cure, dict(h=0.8), plain_cure),
     "llr": Case(
         R.local_linearity, dict(**LLR, lambda_=2.0, mu=3.0, generator=seeded), plain_local_linearity
@@ -222,7 +257,7 @@ CASES = {
         R.finite_difference_gradient_norm, dict(norm="l1"), plain_finite_difference
     ),
 }
-UNSHARED = ("igr", "expected_gradients")  # evaluation mode: no logits on the way
+UNSHARED = ("igr", "eg-total-variation", "eg-gini")  # evaluation mode: no logits on the way
 
 
 def gradients(value, net):

@@ -88,7 +88,7 @@ def test_info(capsys):
         ("train --attack-steps 0", "steps must be at least 1, got 0"),
         ("train --batch-size 5000", "batch_size must be at most the 1300 training images"),
         ("train --eval-examples 5000", "eval_examples must be at most the 360 test images"),
-        ("train --method pgd", "method must be one of normal, adv, int"),
+        ("train --method pgd", "method must be one of normal, adv, trades, int"),
         ("train --recipe mnist-small-int --data-dir nowhere", "nowhere"),
         ("train --resume nowhere", "no run to resume in nowhere"),
         ("train --resume full", "no run to resume in full"),

@@ -1,7 +1,14 @@
 """The two alignments of gradients, and the cosines under them."""
 
 import torch
-from regularizer_formulas import Dead, batch, make_net, neighbour
+from regularizer_formulas import (
+    Dead,
+    batch,
+    gradients,
+    make_net,
+    neighbour,
+    plain_gradient,
+)
 from torch import nn
 
 from fastinterp import regularizers as R
@@ -35,3 +42,14 @@ def test_cosines_leave_out_examples_without_a_gradient():
     rest = R.local_gradient_alignment(net, x[2:], y[2:], x_adv=neighbour(x)[2:], **weights)
     some = R.local_gradient_alignment(Dead(net, [0, 1]), x, y, x_adv=neighbour(x), **weights)
     torch.testing.assert_close(some, rest)
+
+
+def test_a_detached_clean_gradient_is_a_constant():
+    net, (x, y) = make_net(), batch()
+    value = R.local_gradient_alignment(
+        net, x, y, x_adv=neighbour(x), cosine_weight=0.0, detach_clean=True
+    )
+    clean, moved = (plain_gradient(net, z, y, "logit")[0] for z in (x, neighbour(x)))
+    expected = ((clean.detach() - moved) ** 2).sum(1).mean()
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(gradients(value, net), gradients(expected, net))

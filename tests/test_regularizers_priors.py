@@ -55,3 +55,12 @@ def test_saliency_guided_replaces_the_lowest_pixels(fill):
         low, high = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
         assert ((masked >= low) & (masked <= high)).all()
     torch.testing.assert_close(seen[0], x)
+
+
+def test_a_prior_of_ones_own():
+    net, (x, y) = make_net(), batch()
+    options = dict(baselines=x[:1], generator=torch.Generator().manual_seed(1))
+    value = R.expected_gradients_prior(net, x, y, prior=lambda maps: maps[0].abs().sum(), **options)
+    assert value == 0  # from x to itself
+    with pytest.raises(ValueError, match="prior must be one of total_variation, gini, got 'l1'"):
+        R.expected_gradients_prior(net, x, y, prior="l1", **options)

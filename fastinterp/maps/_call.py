@@ -19,8 +19,6 @@ _warned_of: weakref.WeakSet = weakref.WeakSet()
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside parallel wrappers and torch.compile."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     while True:
         if isinstance(model, _WRAPPERS):
             model = model.module
@@ -54,8 +52,11 @@ def borrowed(
         differentiable: a graph is recorded, and attention must have one that can be differentiated
             again.
         evaluation: run in evaluation mode rather than the model's own.
-        redraw: the random numbers drawn inside are drawn again by whoever draws next.
+        redraw: the random numbers drawn inside are drawn again by whoever draws next. Not for a
+            loss: a loop that draws nothing else would drop the same units at every step.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     compiled = _is_compiled(model)
     if compiled and differentiable and model not in _warned_of:
         _warned_of.add(model)
@@ -147,15 +148,13 @@ def gradients(scores: torch.Tensor, z: torch.Tensor, create_graph: bool) -> torc
     Raises:
         RuntimeError: scores do not depend on z through operations that autograd has seen.
     """
-    if not scores.requires_grad:
-        raise NoGradientError(_NO_GRAPH)
     k = scores.shape[1]
     if k == 1:
-        return _gradient(scores, z, torch.ones_like(scores), create_graph)[:, None]
+        return vjp(scores, z, torch.ones_like(scores), create_graph)[:, None]
     one_class = torch.eye(k, dtype=scores.dtype, device=scores.device)
 
     def backward(column):
-        return _gradient(scores, z, column.expand_as(scores), create_graph, retain_graph=True)
+        return vjp(scores, z, column.expand_as(scores), create_graph, retain_graph=True)
 
     # torch.vmap knows how to batch convolutions and norms; is_grads_batched of autograd.grad loops.
     try:
@@ -165,13 +164,21 @@ def gradients(scores: torch.Tensor, z: torch.Tensor, create_graph: bool) -> torc
     except (NoGradientError, torch.OutOfMemoryError):
         raise
     except RuntimeError as error:
-        warnings.warn(
+        _warn_once(
             "the gradients of several classes are computed one after the other, as the model's "
-            f"backward pass cannot be batched: {error}",
-            RuntimeWarning,
-            stacklevel=2,
+            f"backward pass cannot be batched (that of fastinterp.fuse(model) may): {error}"
         )
         return torch.stack([backward(column) for column in one_class], 1)
+
+
+_warnings: set[str] = set()
+
+
+def _warn_once(message: str) -> None:
+    # catch_warnings makes Python forget what it has shown.
+    if message not in _warnings:
+        _warnings.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
 class NoGradientError(RuntimeError):
@@ -184,7 +191,20 @@ _NO_GRAPH = (
 )
 
 
-def _gradient(scores, z, cotangent, create_graph, retain_graph=None):
+def vjp(
+    scores: torch.Tensor,
+    z: torch.Tensor,
+    cotangent: torch.Tensor,
+    create_graph: bool,
+    retain_graph: bool | None = None,
+) -> torch.Tensor:
+    """d <cotangent, scores> / dz.
+
+    Raises:
+        NoGradientError: scores do not depend on z through operations that autograd has seen.
+    """
+    if not scores.requires_grad:
+        raise NoGradientError(_NO_GRAPH)
     (gradient,) = torch.autograd.grad(
         scores,
         z,

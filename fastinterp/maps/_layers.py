@@ -63,7 +63,7 @@ def _find(net: nn.Module, x: torch.Tensor) -> str:
 
     def hooked(name, module):
         def before(_, args):
-            if args[0] is not last:
+            if args[0] is not last and args[0] is not x:
                 record(_INPUT + name, args[0])
 
         if is_global_pool(module):

@@ -42,6 +42,7 @@ class Classes(NamedTuple):
             )
 
 
+@torch.inference_mode(False)  # so that the classes may be part of a graph
 def parse(target, x: torch.Tensor) -> Classes:
     """``target`` as Classes for the batch x.
 
@@ -70,7 +71,7 @@ def parse(target, x: torch.Tensor) -> Classes:
             "target must be None, a class below the number of classes, or int64 of shape "
             f"({n},) or ({n}, k) for this batch, got shape {tuple(target.shape)}"
         )
-    target = target.to(x.device)
+    target = (target.clone() if target.is_inference() else target).to(x.device)
     if target.dim() == 2:
         return Classes(target, single=False)
     return Classes(target.expand(n)[:, None], single=True)

@@ -38,6 +38,11 @@ def _version(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
+def _place(tensor: torch.Tensor) -> tuple[int, int, int]:
+    """The same for views of all of a tensor, as flattening and backward hooks make."""
+    return tensor.data_ptr(), tensor.numel(), _version(tensor)
+
+
 def _last(model: nn.Module, wanted) -> tuple[str, nn.Module] | None:
     found = [(name, module) for name, module in model.named_modules() if wanted(module)]
     return found[-1] if found else None
@@ -123,11 +128,11 @@ class CamNetwork:
         seen = {}
 
         def pooled(_, args, output):
-            seen["features"], seen["pooled"] = args[0], (output.data_ptr(), _version(output))
+            seen["features"], seen["pooled"] = args[0], _place(output)
 
         def classified(_, args, output):
-            seen["head_input"] = args[0].data_ptr(), _version(args[0])
-            seen["head_shape"], seen["logits"] = args[0].shape, output
+            seen["head_input"] = _place(args[0])
+            seen["head_shape"], seen["logits"] = args[0].shape, _place(output)
 
         hooks = [
             self._pool.register_forward_hook(pooled),
@@ -138,7 +143,7 @@ class CamNetwork:
             seen.clear()
             logits = self.model(x)
             if (
-                seen.get("logits") is not logits
+                seen.get("logits") != _place(logits)
                 or seen.get("pooled") != seen["head_input"]
                 or seen["head_shape"][1:] != seen["features"].shape[1:2]
             ):

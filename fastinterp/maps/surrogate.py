@@ -16,14 +16,24 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from fastinterp import ops  # noqa: F401  which registers what _FUSED names
 from fastinterp.maps._call import unwrapped
 
 _RELU = {F.relu, torch.relu, torch.Tensor.relu}
 _RELU_IN_PLACE = {F.relu_, torch.relu_, torch.Tensor.relu_}
-_OPS = torch.ops.fastinterp
-# op -> where its arguments name the activation; its alpha is the next
-_FUSED = {_OPS.activation: 1, _OPS.batch_norm_act: 8}
-_FUSED |= {op.default: i for op, i in _FUSED.items()}
+
+
+def _with_activation(*names: str) -> dict:
+    """op -> which of its arguments names the activation; alpha is the next."""
+    found = {}
+    for name in names:
+        packet = getattr(torch.ops.fastinterp, name)
+        arguments = [a.name for a in packet.default._schema.arguments]
+        found[packet] = found[packet.default] = arguments.index("alpha") - 1
+    return found
+
+
+_FUSED = _with_activation("activation", "batch_norm_act", "norm_act")
 
 
 class _Softplus(TorchFunctionMode):
@@ -67,12 +77,15 @@ def softplus_surrogate(model: nn.Module, beta: float = 10.0) -> Iterator[None]:
     if not 0 < beta < math.inf:
         raise ValueError(f"beta must be a finite number > 0, got {beta}")
     model = unwrapped(model)
-    attributes, original = model.__dict__, model.forward
+    attributes = model.__dict__
+    # Of nested contexts the inner one counts.
+    original = getattr(model.forward, "without_surrogate", model.forward)
 
     def forward(*args, **kwargs):
         with _Softplus(float(beta)):
             return original(*args, **kwargs)
 
+    forward.without_surrogate = original
     own = attributes.get("forward")
     attributes["forward"] = forward
     try:

@@ -16,7 +16,13 @@ from __future__ import annotations
 
 import torch
 
-from fastinterp.ops._autograd import needs_grad, register_autograd, remember_edges, wanted
+from fastinterp.ops._autograd import (
+    fold_examples,
+    needs_grad,
+    register_autograd,
+    remember_edges,
+    wanted,
+)
 
 for _name, _arguments in (
     ("linear", "Tensor x, Tensor weight, Tensor? bias"),
@@ -132,6 +138,8 @@ def _backward_weight_grad(ctx, u):
     return ggy, gx
 
 
-register_autograd("linear", _backward, setup_context=_setup_context)
-register_autograd("linear_input_grad", _backward_input_grad, setup_context=_setup_context)
+register_autograd("linear", _backward, setup_context=_setup_context, vmap=fold_examples)
+register_autograd(
+    "linear_input_grad", _backward_input_grad, setup_context=_setup_context, vmap=fold_examples
+)
 register_autograd("linear_weight_grad", _backward_weight_grad, setup_context=_setup_context)

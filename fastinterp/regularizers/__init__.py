@@ -6,12 +6,17 @@
     alignment.py        explanations of x and of a neighbour of x
     priors.py           smooth, sparse or sufficient explanations
 
-The functions are called name(model, x, y, *, ...) and give a scalar, the mean over the batch, which
-differentiates through the gradients inside it to every parameter. The model computes in its own
-mode, where a docstring does not say otherwise, and nothing of the user's is left changed: flags,
-buffers (running statistics do not move), gradients, hooks; random numbers are drawn from
-``generator`` or the global one, and only where there is noise. With train-mode batch norm the
-examples of a batch depend on one another, and x and its neighbour are two batches.
+The functions are called name(model, x, y, *, ...), two priors name(attribution), and give a scalar,
+the mean over the batch, which differentiates through the gradients inside it to every parameter.
+The model computes in its own mode, where a docstring does not say otherwise, and nothing of the
+user's is left changed: flags, buffers (running statistics do not move), gradients, hooks; random
+numbers are drawn from ``generator`` or the global one, and only where there is noise. With
+train-mode batch norm the examples of a batch depend on one another, and x and its neighbour are two
+batches.
+
+A model wrapped in DistributedDataParallel is called without its wrapper, so its gradients are
+reduced between processes only if the wrapper's own forward runs in the same step; safest is to wrap
+a module that holds the model and computes the whole loss.
 
 Where a network is differentiated twice, ``fastinterp.fuse`` makes it cheaper. They raise
 RuntimeError under torch.no_grad() or for a model that cannot be differentiated, TypeError or

@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastinterp._checks import check_images, check_labels
-from fastinterp.maps._call import NoGradientError, borrowed, run
-from fastinterp.maps._target import at_least_float
+from fastinterp.maps._call import borrowed, leaf, run, vjp
+from fastinterp.maps._target import Classes, at_least_float, scores
 
 NORMS = ("l1", "l2", "squared")
 _PIXELS = (1, 2, 3)
@@ -30,11 +30,20 @@ def positive(name: str, value: float) -> float:
     return value
 
 
+def check_recording() -> None:
+    """Raises RuntimeError where no graph is recorded."""
+    if not torch.is_grad_enabled():
+        raise RuntimeError(
+            "a regularizer differentiates the model: call it outside torch.no_grad() and "
+            "torch.inference_mode()"
+        )
+
+
 class Borrowed:
     """A model for several differentiable passes; afterwards it is as it was, exceptions included.
 
-    It runs in its own mode, on copies of its buffers. Attention takes the math backend, the only
-    one that can be differentiated twice.
+    It runs in its own mode, on copies of its buffers, see fastinterp.maps._call.borrowed. ``model``
+    is what it calls: the model without wrappers.
 
     Args:
         model: images (N, C, H, W) -> logits (N, K).
@@ -50,19 +59,15 @@ class Borrowed:
         y: torch.Tensor | None,
         bounds: tuple[float, float] | None = (0.0, 1.0),
     ):
-        if not torch.is_grad_enabled():
-            raise RuntimeError(
-                "a regularizer differentiates the model: call it outside torch.no_grad() and "
-                "torch.inference_mode()"
-            )
+        check_recording()
         check_images(x, bounds=bounds)
         if x.is_inference():
             raise RuntimeError("x was made under torch.inference_mode(); pass x.clone()")
-        self._given, self._x, self._y, self._y_checked = model, x, y, False
+        self._examples, self._y, self._y_checked = len(x), y, False
+        self._loan = borrowed(model, x, differentiable=True, redraw=False)
 
     def __enter__(self) -> Borrowed:
-        self._loan = borrowed(self._given, self._x, differentiable=True, redraw=False)
-        self._model = self._loan.__enter__()
+        self.model = self._loan.__enter__()
         return self
 
     def __exit__(self, *error) -> None:
@@ -70,9 +75,9 @@ class Borrowed:
 
     def logits(self, z: torch.Tensor) -> torch.Tensor:
         """Logits of z, (N, K), float32 at least."""
-        logits = run(self._model, z)
+        logits = run(self.model, z)
         if self._y is not None and not self._y_checked:
-            check_labels(self._y, len(self._x), logits.shape[1])
+            check_labels(self._y, self._examples, logits.shape[1])
             self._y_checked = True
         return at_least_float(logits)
 
@@ -83,58 +88,38 @@ class Borrowed:
         *,
         create_graph: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gradient with respect to z of a scalar made of the logits, and the logits.
+        """Gradient with respect to z of a score made of the logits, and the logits.
 
         Args:
             z: images, any range; the result depends on them where they require grad.
-            of: one of OF, of the true class and summed over the batch, so that each example's
-                gradient is that of its own score; or a function from logits to a scalar.
+            of: one of fastinterp.maps' scores of the true class, so that each example's gradient is
+                that of its own score; or a function from logits to scores, which are summed.
             create_graph: whether the gradient is to be differentiated.
 
         Returns:
             (N, C, H, W) and (N, K), float32 at least; the logits keep their graph in any case.
         """
-        z = z if z.requires_grad else z.detach().requires_grad_()
+        z = leaf(z, False)
         logits = self.logits(z)
-        return self.derivative(self._score(logits, of), z, create_graph=create_graph), logits
-
-    def _score(self, logits, of):
-        if callable(of):
-            return of(logits)
-        if of == "loss":
-            return F.cross_entropy(logits, self._y, reduction="sum")
-        scores = logits if of == "logit" else logits.log_softmax(1)
-        return scores.gather(1, self._y[:, None]).sum()
+        score = of(logits) if callable(of) else scores(logits, Classes(self._y[:, None], True), of)
+        return derivative(score, z, create_graph=create_graph), logits
 
     def losses(self, logits: torch.Tensor) -> torch.Tensor:
         """Cross-entropy per example, (N,)."""
         return F.cross_entropy(logits, self._y, reduction="none")
 
-    def derivative(
-        self,
-        output: torch.Tensor,
-        z: torch.Tensor,
-        cotangent: torch.Tensor | None = None,
-        *,
-        create_graph: bool = True,
-    ) -> torch.Tensor:
-        """d<cotangent, output>/dz, like z, float32 at least; the graph of output is kept."""
-        grad = None
-        if output.requires_grad:
-            (grad,) = torch.autograd.grad(
-                output,
-                z,
-                cotangent,
-                create_graph=create_graph,
-                retain_graph=True,
-                allow_unused=True,
-            )
-        if grad is None:
-            raise NoGradientError(
-                f"the output of {type(self._model).__name__} has no graph back to x: it detaches, "
-                "rounds or runs under no_grad on the way; remove that, or give the part behind it"
-            )
-        return at_least_float(grad)
+
+def derivative(
+    output: torch.Tensor,
+    z: torch.Tensor,
+    cotangent: torch.Tensor | None = None,
+    *,
+    create_graph: bool = True,
+) -> torch.Tensor:
+    """d <cotangent, output> / dz, float32 at least; the graph of output is kept."""
+    cotangent = torch.ones_like(output) if cotangent is None else cotangent
+    with torch.autocast(z.device.type, enabled=False):
+        return at_least_float(vjp(output, z, cotangent, create_graph, retain_graph=True))
 
 
 def norms(gradient: torch.Tensor, norm: str) -> torch.Tensor:
@@ -169,6 +154,7 @@ def unit(gradient: torch.Tensor) -> torch.Tensor:
 
 def cosine_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Mean of 1 - cos(a_n, b_n) over the examples where neither is zero; 0 if there are none."""
+    a, b = at_least_float(a), at_least_float(b)
     both = a.detach().ne(0).flatten(1).any(1) & b.detach().ne(0).flatten(1).any(1)
     distance = (1 - dot(unit(a), unit(b))).masked_fill(~both, 0)
     return distance.sum() / both.sum().clamp(min=1)

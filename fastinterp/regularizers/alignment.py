@@ -8,8 +8,14 @@ from torch import nn
 from fastinterp import maps
 from fastinterp._checks import check_images
 from fastinterp.attacks import random_start
-from fastinterp.maps._target import OF
-from fastinterp.regularizers._gradient import Borrowed, cosine_distance, norms, one_of, positive
+from fastinterp.maps._target import check_of
+from fastinterp.regularizers._gradient import (
+    Borrowed,
+    check_recording,
+    cosine_distance,
+    norms,
+    positive,
+)
 from fastinterp.regularizers.gradient import Value
 
 
@@ -92,7 +98,7 @@ def local_gradient_alignment(
     Alignment" (2023); squared length and the halved cosine distance as in their code (RobustAGA).
     They replace ReLUs by softplus(3) for training, see fastinterp.maps.softplus_surrogate.
     """
-    one_of("of", of, OF)
+    check_of(of)
     if (eps is None) == (x_adv is None):
         raise ValueError("give either eps, the radius of uniform noise, or x_adv, the neighbour")
     if eps is not None:
@@ -146,8 +152,8 @@ def integrated_gradients_alignment(
     Source: Wang and Kong, "Exploiting the Relationship Between Kendall's Rank Correlation and
     Cosine Similarity for Attribution Protection" (2022).
     """
-    check_images(x)
-    _check_neighbour(x_adv, x)
+    check_recording()
+    _check_neighbour(x_adv, x, bounds=(0.0, 1.0))
     how = dict(
         steps=steps,
         method=method,
@@ -159,8 +165,8 @@ def integrated_gradients_alignment(
     return cosine_distance(clean, moved)
 
 
-def _check_neighbour(x_adv, x):
-    check_images(x_adv, "x_adv", bounds=None)
+def _check_neighbour(x_adv, x, bounds=None):
+    check_images(x_adv, "x_adv", bounds=bounds)
     if x_adv.shape != x.shape or x_adv.dtype != x.dtype:
         raise ValueError(
             f"x_adv must be {tuple(x.shape)}, {x.dtype}, like x, "

@@ -8,8 +8,17 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastinterp.maps._target import OF
-from fastinterp.regularizers._gradient import NORMS, Borrowed, norms, one_of, positive, unit
+from fastinterp.maps._call import gradients, leaf
+from fastinterp.maps._target import at_least_float, check_of
+from fastinterp.regularizers._gradient import (
+    NORMS,
+    Borrowed,
+    derivative,
+    norms,
+    one_of,
+    positive,
+    unit,
+)
 
 Value = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
@@ -49,7 +58,7 @@ def input_gradient_norm(
         >>> loss = F.cross_entropy(logits, y) + 0.1 * value
     """
     one_of("norm", norm, NORMS)
-    one_of("of", of, OF)
+    check_of(of)
     with Borrowed(model, x, y) as net:
         gradient, logits = net.gradient(x, of)
     value = norms(gradient, norm).mean()
@@ -71,7 +80,8 @@ def jacobian_norm(
         R = mean_n sum_ck (df_c/dx_k)^2  =  mean_n K E_v || v^T df/dx ||^2,   v uniform, ||v|| = 1
 
     The expectation is taken over ``n_proj`` independent directions per example, one backward pass
-    each, or is exact with one backward pass per class. The paper's penalty has a factor 1/2 more.
+    each, or is exact with one batched backward pass of all classes. The paper's penalty has a
+    factor 1/2 more.
     Where examples influence one another (batch norm in training mode) the two differ, as in the
     authors' code: the exact form then has d(sum_n f_nc)/dx, the random one the whole derivative of
     the batch's logits by the batch.
@@ -94,20 +104,16 @@ def jacobian_norm(
     if not exact and n_proj < 1:
         raise ValueError(f"n_proj must be at least 1, got {n_proj}; exact=True takes every class")
     with Borrowed(model, x, y) as net:
-        z = x if x.requires_grad else x.detach().requires_grad_()
+        z = leaf(x, False)
         logits = net.logits(z)
         classes = logits.shape[1]
-        directions = (
-            torch.eye(classes, dtype=logits.dtype, device=logits.device)[:, None].expand(
-                -1, *logits.shape
-            )
-            if exact
-            else _directions(logits, n_proj, generator)
-        )
-        squares = [norms(net.derivative(logits, z, v), "squared") for v in directions]
-    value = torch.stack(squares).sum(0).mean()
-    if not exact:
-        value = value * (classes / n_proj)
+        if exact:
+            with torch.autocast(x.device.type, enabled=False):
+                rows = gradients(logits, z, create_graph=True).unbind(1)
+        else:
+            rows = [derivative(logits, z, v) for v in _directions(logits, n_proj, generator)]
+    value = sum(norms(at_least_float(row), "squared").mean() for row in rows)
+    value = value if exact else value * (classes / n_proj)
     return (value, logits) if return_logits else value
 
 
@@ -233,6 +239,9 @@ _KINKED = {
 }
 
 
+_FUSED = ("activation", "batch_norm_act", "norm_act")
+
+
 class _KinkFinder(TorchDispatchMode):
     """Notes piecewise linear ops, however the model comes to call them."""
 
@@ -247,7 +256,7 @@ class _KinkFinder(TorchDispatchMode):
             self.found.add(name)
         elif name in ("clamp", "clamp_min") and len(args) > 1 and args[1] == 0:
             self.found.add("clamp at 0")
-        elif namespace == "fastinterp" and name in ("activation", "batch_norm_act"):
+        elif namespace == "fastinterp" and name in _FUSED:
             self.found.update(kind for kind in ("relu", "leaky_relu") if kind in args)
         return func(*args, **(kwargs or {}))
 

@@ -102,10 +102,9 @@ def local_linearity(
         start = random_start(x.detach(), eps, generator=generator)
         # Of a model that depends on its mode, the pass in its own mode comes after the ascent: it
         # moves the running statistics that the ascent computes with.
-        clean = None if depends_on_mode(model) else net.gradient(x)
+        clean = None if depends_on_mode(net.model) else net.gradient(x)
         x_worst = _least_linear(
             net,
-            model,
             x.detach(),
             clean,
             dict(eps=eps, step_size=step_size, steps=steps, clip=clip, start=start),
@@ -118,9 +117,9 @@ def local_linearity(
     return (value, logits) if return_logits else value
 
 
-def _least_linear(net, model, x, clean, attack):
+def _least_linear(net, x, clean, attack):
     """x + d*; ``clean`` is the gradient and logits of x, where they are known."""
-    with substituted(model, attack_parameters(model)), eval_mode(model):
+    with substituted(net.model, attack_parameters(net.model)), eval_mode(net.model):
         gradient, logits = clean or net.gradient(x, create_graph=False)
         gradient, loss = gradient.detach(), net.losses(logits).detach()
 

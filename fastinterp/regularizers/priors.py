@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastinterp import maps
-from fastinterp.maps._target import OF, at_least_float
-from fastinterp.regularizers._gradient import Borrowed, one_of
+from fastinterp.maps._target import at_least_float, check_of
+from fastinterp.regularizers._gradient import Borrowed, check_recording, one_of
 from fastinterp.regularizers.gradient import Value
 
 PRIORS = ("total_variation", "gini")
@@ -111,7 +111,8 @@ def expected_gradients_prior(
 
     Source: Erion et al. (2021), see total_variation.
     """
-    one_of("of", of, OF)
+    check_of(of)
+    check_recording()
     if not callable(prior):
         one_of("prior", prior, PRIORS)
     attribution = maps.expected_gradients(
@@ -168,7 +169,7 @@ def saliency_guided(
     Source: Ismail, Corrada Bravo and Feizi, "Improving Deep Learning Interpretability by Saliency
     Guided Training" (2021).
     """
-    one_of("of", of, OF)
+    check_of(of)
     one_of("fill", fill, FILLS)
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction must lie in (0, 1], got {fraction}")
