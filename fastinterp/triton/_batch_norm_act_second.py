@@ -203,8 +203,8 @@ def batch_norm_act_backward_backward(
         return
     smooth = activation in _SMOOTH
     sums = 10 if smooth else 3
-    p, warps = plan(x, rows, sums)
-    options = {"KIND": activation, "SMOOTH": smooth, "CUT": p.cut, "num_warps": warps}
+    p, options = plan(x, rows, sums)
+    options |= {"KIND": activation, "SMOOTH": smooth}
     need_sums = training or gweight is not None
     parts = p.parts if need_sums else 0
     partial, values = (

@@ -9,7 +9,8 @@ import triton.language as tl
 
 from fastinterp.triton import _activations as phi
 
-_OPTIONS = {"BLOCK": 1024, "num_warps": 4}  # 16 bytes or more per thread and tensor
+# 16 bytes or more per thread and tensor; without a limit ptxas may spill to fit one block more
+_OPTIONS = {"BLOCK": 1024, "num_warps": 4, "maxnreg": 255}
 
 
 @triton.jit

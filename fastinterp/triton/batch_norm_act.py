@@ -260,9 +260,10 @@ def _norm_backward_kernel(
 
 
 def plan(x, rows, sums):
-    """How to cut x for kernels that keep ``sums`` sums of each element of a tile, and their warps.
+    """How to cut x for kernels that keep ``sums`` sums of each element, and their options.
 
-    A thread has one octet, or half of one in float64; fewer threads where they need many registers.
+    A thread has one octet, or half of one in float64; there are fewer threads where they need many
+    registers. Without a limit to these ptxas spills a few bytes to fit one block more.
 
     Args:
         x: (N, C, ...), dense.
@@ -270,12 +271,18 @@ def plan(x, rows, sums):
     """
     wide = x.dtype == torch.float64
     octets = 128 if sums > 3 or wide else 256
-    return cut.plan(*rows[:2], x.shape[1], rows[2], octets), 8 if wide else octets // 32
+    p = cut.plan(*rows[:2], x.shape[1], rows[2], octets)
+    return p, {"CUT": p.cut, "num_warps": 8 if wide else octets // 32, "maxnreg": 255}
 
 
 def between(channels, sums):
     """Grid and options of a kernel that makes totals of ``sums`` partial sums."""
-    meta = {"C": _CHANNELS, "T": 1024 // triton.next_power_of_2(sums), "num_warps": 4}
+    meta = {
+        "C": _CHANNELS,
+        "T": 1024 // triton.next_power_of_2(sums),
+        "num_warps": 4,
+        "maxnreg": 255,
+    }
     return (triton.cdiv(channels, _CHANNELS),), meta
 
 
@@ -298,16 +305,16 @@ def batch_norm_act_forward(given, affine, running_mean, running_var, y, unbiased
     channels = x.shape[1]
     if channels == 0:
         return
-    p, warps = plan(x, rows, 2)
+    p, options = plan(x, rows, 2)
     with torch.cuda.device_of(x):  # Triton launches on the current device
         if training:
             partial = mean.new_empty(3 * p.parts, channels)
-            _norm_sums_kernel[p.grid](x, partial, *p.sizes, CUT=p.cut, num_warps=warps)
+            _norm_sums_kernel[p.grid](x, partial, *p.sizes, **options)
             grid, meta = between(channels, 3)
             statistics = mean, rstd, unbiased_var
             _norm_totals_kernel[grid](partial, *statistics, p.parts, channels, eps, **meta)
         running = running_mean, running_var
-        options = {"KIND": activation, "CUT": p.cut, "num_warps": warps}
+        options["KIND"] = activation
         _norm_kernel[p.grid](given, affine, *running, y, *p.sizes, eps, alpha, **options)
 
 
@@ -326,8 +333,8 @@ def batch_norm_act_backward(given, affine, gy, addend, gx, gresidual, gweight, g
     channels = x.shape[1]
     if channels == 0:
         return
-    p, warps = plan(x, rows, 2)
-    options = {"KIND": activation, "CUT": p.cut, "num_warps": warps}
+    p, options = plan(x, rows, 2)
+    options["KIND"] = activation
     values = mean.new_empty(2, cut.padded(channels)) if training and gx is not None else None
     with torch.cuda.device_of(x):  # Triton launches on the current device
         if values is not None or gweight is not None:

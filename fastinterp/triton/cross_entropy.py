@@ -210,6 +210,7 @@ def _plan(logits):
     rows = max(_TILE // block, 1)
     divisor = gcd(classes, 8)
     meta = {"DIVISOR": divisor, "ROWS": rows, "BLOCK": block, "num_warps": max(block // 512, 4)}
+    meta["maxnreg"] = 255  # without a limit ptxas may spill to fit one block more
     return (triton.cdiv(examples, rows),), (examples, classes // divisor), meta
 
 

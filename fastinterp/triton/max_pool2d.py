@@ -14,10 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
-_OPTIONS = {"BLOCK": 1024, "num_warps": 4}
-_UNROLLED = tl.constexpr(
-    16
-)  # windows of up to so many elements are unrolled, so that their loads overlap
+# Without a register limit ptxas may spill to fit one block more.
+_OPTIONS = {"BLOCK": 1024, "num_warps": 4, "maxnreg": 255}
+_UNROLLED = tl.constexpr(9)  # up to so many elements a window is unrolled: its loads overlap
 _NO_OFFSET = tl.constexpr(255)  # of csrc/kernels.h: a window that lies in the padding altogether
 
 
