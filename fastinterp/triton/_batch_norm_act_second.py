@@ -38,7 +38,7 @@ def _norm_second_sums_kernel(
     sizes = (items, units, channels, steps)
     alpha = tl.full([], alpha, acc)
     mean, rstd, scale, bias = lane_values(affine, sizes, acc, CUT)
-    zeros = tl.zeros([CUT.a, CUT.b, 8], acc)
+    zeros = tl.full([CUT.a, CUT.b, 8], 0.0, acc)
     # sums of v, v xh, v g; with w = phi'' gy: of w, w xh, w xh xh, v w, v w xh, u w, u w xh
     sv, svx, svg = zeros, zeros, zeros
     sw, swx, swxx, svw, svwx, suw, suwx = zeros, zeros, zeros, zeros, zeros, zeros, zeros

@@ -65,8 +65,8 @@ def _norm_sums_kernel(
     first = cut.elements(begin, tl.minimum(begin + 1, end), sizes, CUT).to(acc)
     pivot = cut.over_tile(cut.load(x, cut.tile(begin, sizes, CUT), acc), CUT)
     pivot = pivot / tl.maximum(first, 1.0)
-    sums = tl.zeros([CUT.a, CUT.b, 8], acc)
-    squares = tl.zeros([CUT.a, CUT.b, 8], acc)
+    sums = tl.full([CUT.a, CUT.b, 8], 0.0, acc)
+    squares = tl.full([CUT.a, CUT.b, 8], 0.0, acc)
     for t in range(begin, end):
         at = cut.tile(t, sizes, CUT)
         d = tl.where(at[1], cut.load(x, at, acc) - pivot, 0.0)
@@ -177,8 +177,8 @@ def _norm_backward_sums_kernel(
     sizes = (items, units, channels, steps)
     alpha = tl.full([], alpha, acc)
     mean, rstd, scale, bias = lane_values(affine, sizes, acc, CUT)
-    sums = tl.zeros([CUT.a, CUT.b, 8], acc)
-    sums_x = tl.zeros([CUT.a, CUT.b, 8], acc)
+    sums = tl.full([CUT.a, CUT.b, 8], 0.0, acc)
+    sums_x = tl.full([CUT.a, CUT.b, 8], 0.0, acc)
     begin, end = cut.chunk_of(sizes, CUT)
     for t in range(begin, end):
         at = cut.tile(t, sizes, CUT)
