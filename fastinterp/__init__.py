@@ -1,6 +1,6 @@
 """Interpretability-aware robust training at the cost of ordinary training."""
 
-from fastinterp import attacks, attr, discrepancy, maps, objectives, ops, regularizers
+from fastinterp import attacks, attr, discrepancy, maps, metrics, objectives, ops, regularizers
 from fastinterp.compile import compile_step
 from fastinterp.fusion import fuse, unfuse
 from fastinterp.models import create_model, load_weights
@@ -18,6 +18,7 @@ __all__ = [
     "fuse",
     "load_weights",
     "maps",
+    "metrics",
     "objectives",
     "ops",
     "regularizers",
