@@ -11,11 +11,11 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from fastinterp._checks import check_attack
+from fastinterp._files import write_atomically
 from fastinterp.cli import add_common, set_up_device
 from fastinterp.data import DATASETS, load_dataset
 from fastinterp.evaluation import choose_examples, evaluate_pgd
 from fastinterp.models import MODELS, create_model, load_weights
-from fastinterp.training.checkpoint import write_atomically
 
 HELP = "accuracy of saved weights, clean and under attack"
 ATTACKS = ("pgd", "none")

@@ -17,32 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-_TEMPORARY = ".writing-"
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_atomically(path: Path, write) -> None:
-    """Calls ``write(temporary_path)`` and moves the result to ``path`` in one step."""
-    temporary = path.with_name(_TEMPORARY + path.name)
-    try:
-        write(temporary)
-        _sync(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def is_temporary(path: Path) -> bool:
-    """Whether ``path`` is what a write that was killed has left."""
-    return path.name.startswith(_TEMPORARY)
+from fastinterp._files import TEMPORARY, sync, write_atomically
 
 
 def save_model(model: nn.Module, path: Path) -> None:
@@ -63,16 +38,16 @@ def save(folder: Path, step: int, model: nn.Module, state: dict) -> Path:
     final = folder / f"step-{step:08d}"
     if final.exists():
         return final
-    temporary = folder / (_TEMPORARY + final.name)
+    temporary = folder / (TEMPORARY + final.name)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     save_file(model.state_dict(), temporary / "model.safetensors")
     torch.save(state, temporary / "state.pt")
     for part in ("model.safetensors", "state.pt"):
-        _sync(temporary / part)
+        sync(temporary / part)
     os.replace(temporary, final)
-    _sync(folder)
-    for other in (*folder.glob("step-*"), *folder.glob(f"{_TEMPORARY}*")):
+    sync(folder)
+    for other in (*folder.glob("step-*"), *folder.glob(f"{TEMPORARY}*")):
         if other != final:
             shutil.rmtree(other)
     return final

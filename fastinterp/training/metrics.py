@@ -7,7 +7,7 @@ import json
 import os
 from pathlib import Path
 
-from fastinterp.training.checkpoint import write_atomically
+from fastinterp._files import write_atomically
 
 
 def read_metrics(path: Path) -> list[dict]:

@@ -12,9 +12,9 @@ import torch
 import yaml
 from tabulate import tabulate
 
+from fastinterp._files import is_temporary, write_atomically
 from fastinterp.data import Dataset
 from fastinterp.evaluation import choose_examples, evaluate_pgd
-from fastinterp.training.checkpoint import is_temporary, write_atomically
 from fastinterp.training.config import TrainConfig
 from fastinterp.training.loop import StopRequest, Trainer
 from fastinterp.training.metrics import plot_curves
