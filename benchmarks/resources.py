@@ -141,6 +141,13 @@ def _cross_entropy(dtype, shape, reduction, smoothing):
     launch.cross_entropy_backward_backward(logits, losses, *saved, losses, logits, how)
 
 
+def _kendall_tau(dtype, shape):
+    from fastinterp.triton.kendall_tau import kendall_tau
+
+    a = empty(*shape, dtype=dtype)
+    kendall_tau(a, a, empty(shape[0], dtype=torch.float64))
+
+
 def triton_cases() -> Iterator[tuple[str, Callable[[], None]]]:
     """(description, call of a launcher on meta tensors); a new op adds its calls here."""
     for dtype, norm, per_example in itertools.product(DTYPES, ("Linf", "L2"), (False, True)):
@@ -160,6 +167,8 @@ def triton_cases() -> Iterator[tuple[str, Callable[[], None]]]:
     ):
         case = f"{norm} {dtype} {shape} K={classes or shape[1]} {_order(channels_last)}"
         yield case, lambda a=(dtype, norm, shape, classes, channels_last): _cam_discrepancy(*a)
+    for dtype, shape in itertools.product(DTYPES[:2], ((200, 49), (200, 1024))):
+        yield f"{dtype} {shape}", lambda a=(dtype, shape): _kendall_tau(*a)
     yield from _network_cases()
 
 
@@ -287,7 +296,7 @@ def _demangle(name: str) -> str:
     if shutil.which("c++filt") is None:
         return name
     readable = subprocess.run(["c++filt", name], check=True, capture_output=True, text=True).stdout
-    match = re.search(r"(\w+<.*?>)\(", readable.replace("(anonymous namespace)::", ""))
+    match = re.search(r"(\w+(?:<.*?>)?)\(", readable.replace("(anonymous namespace)::", ""))
     return match[1] if match else readable.strip()
 
 

@@ -8,12 +8,6 @@
 #include "kernels.h"
 #include "math.h"
 
-#if !defined(__CUDACC__)
-#define FI_LIBM(name) __builtin_##name
-#else
-#define FI_LIBM(name) ::name
-#endif
-
 namespace fastinterp {
 namespace {
 

@@ -252,6 +252,18 @@ struct Conv2dWeightGrad {
   void* scratch;   // conv2d_weight_grad_scratch_bytes(p) bytes, 64-byte aligned
 };
 
+// tau[n] = S / (sqrt(A) sqrt(B)) over the pairs i < j of row n: S = sum sign(a_i - a_j) sign(b_i - b_j),
+// A and B = how many pairs differ in a, in b. NaN where a row holds a NaN or is constant.
+struct KendallTau {
+  DType dtype;                 // f32 or f64
+  std::int64_t rows, columns;  // N, M
+  const void* a;               // (N, M) dtype
+  const void* b;               // (N, M) dtype
+  double* tau;                 // (N,)
+  int threads;
+  void* scratch;  // kendall_tau_scratch_bytes(p) bytes, which may be none, 64-byte aligned
+};
+
 namespace cpu {
 const char* instruction_set();  // the variant chosen at run time: "baseline", "avx2" or "avx512"
 void attack_step(const AttackStep& p);
@@ -278,6 +290,9 @@ std::int64_t max_pool2d_scratch_bytes(const MaxPool2d& p);
 void max_pool2d_backward(const MaxPool2d& p);
 void max_pool2d_backward_backward(const MaxPool2d& p);
 
+std::int64_t kendall_tau_scratch_bytes(const KendallTau& p);
+void kendall_tau(const KendallTau& p);
+
 // Whether this build, processor and kernel have AMX tiles for bfloat16; these two need them.
 bool amx_bf16();
 std::int64_t conv2d_weight_grad_scratch_bytes(const Conv2dWeightGrad& p);
@@ -288,6 +303,8 @@ void conv2d_weight_grad(const Conv2dWeightGrad& p);
 namespace cuda {
 // Each returns a cudaError_t as int; 0 is success.
 int attack_step(const AttackStep& p, void* stream);
+std::int64_t kendall_tau_scratch_bytes(const KendallTau& p);
+int kendall_tau(const KendallTau& p, void* stream);
 const char* error_string(int code);
 }  // namespace cuda
 #endif

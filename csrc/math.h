@@ -3,9 +3,13 @@
 
 #if defined(__CUDACC__)
 #define FI_INLINE __host__ __device__ __forceinline__
+#define FI_LIBM(name) ::name
 #else
 #define FI_INLINE inline
+#define FI_LIBM(name) __builtin_##name
 #endif
+
+#include <cstdint>
 
 namespace fastinterp {
 namespace {  // internal linkage: each instruction-set variant must keep its own copy
@@ -51,6 +55,23 @@ FI_INLINE T unit_scale(T length, T step) {
 template <typename T>
 FI_INLINE T ball_scale(T length, T eps) {
   return length > eps ? eps / length : T(1);
+}
+
+// What the pairs i < j of two rows have in common. Sums of integers: any order gives the same.
+struct PairCounts {
+  std::int64_t agreement;  // sum sign(a_i - a_j) sign(b_i - b_j)
+  std::int64_t differ_a;   // how many pairs differ in a
+  std::int64_t differ_b;   // in b
+  std::int64_t nans;       // elements that are no numbers
+};
+
+// Kendall's tau-b. NaN where a row is constant, and where there are no pairs.
+FI_INLINE double kendall_tau_b(const PairCounts& c) {
+  const double nan = __builtin_nan("");
+  if (c.nans != 0 || c.differ_a == 0 || c.differ_b == 0) return nan;
+  const double tau = static_cast<double>(c.agreement) / FI_LIBM(sqrt)(static_cast<double>(c.differ_a)) /
+                     FI_LIBM(sqrt)(static_cast<double>(c.differ_b));
+  return clamp(tau, -1.0, 1.0);
 }
 
 }  // namespace

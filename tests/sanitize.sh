@@ -29,7 +29,8 @@ cmake --build "$build" --target install
 # libstdc++ too, or AddressSanitizer would not find the __cxa_throw that it wraps.
 library() { "${CXX:-g++}" -print-file-name="$1"; }
 cd "$package"
-names=(batch_norm_act norm_act conv2d activation max_pool2d cross_entropy attack_step cam_discrepancy)
+names=(batch_norm_act norm_act conv2d activation max_pool2d cross_entropy attack_step cam_discrepancy
+  kendall_tau)
 files=("${names[@]/#/tests/test_}")
 FASTINTERP_BACKEND=cpu PYTHONPATH=$package ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
   LD_PRELOAD="$(library libasan.so) $(library libstdc++.so)" \

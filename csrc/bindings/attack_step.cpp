@@ -45,12 +45,7 @@ void cuda_attack_step(int dtype, int norm, std::int64_t examples, std::int64_t i
   const AttackStep p =
       attack_step_params(dtype, norm, examples, inner, x, grad, origin, out, eps, eps_stride,
                          step_size, step_stride, clip_min, clip_max);
-  py::gil_scoped_release release;
-  const int code = cuda::attack_step(p, pointer(stream));
-  if (code != 0) {
-    py::gil_scoped_acquire acquire;
-    throw std::runtime_error(std::string("attack_step on CUDA: ") + cuda::error_string(code));
-  }
+  launch("attack_step", p, cuda::attack_step, stream);
 }
 #endif
 

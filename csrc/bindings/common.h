@@ -40,12 +40,28 @@ inline Scratch allocate(std::int64_t bytes) {
   return Scratch(p);
 }
 
+#ifdef FASTINTERP_WITH_CUDA
+// Launches a CUDA kernel and raises what the runtime says of it.
+template <typename Params>
+void launch(const char* name, const Params& p, int (*kernel)(const Params&, void*), Address stream) {
+  int code;
+  {
+    py::gil_scoped_release release;
+    code = kernel(p, pointer(stream));
+  }
+  if (code != 0) {
+    throw std::runtime_error(std::string(name) + " on CUDA: " + cuda::error_string(code));
+  }
+}
+#endif
+
 void bind_activation(py::module_& m);
 void bind_attack_step(py::module_& m);
 void bind_batch_norm_act(py::module_& m);
 void bind_cam_discrepancy(py::module_& m);
 void bind_conv2d(py::module_& m);
 void bind_cross_entropy(py::module_& m);
+void bind_kendall_tau(py::module_& m);
 void bind_max_pool2d(py::module_& m);
 void bind_norm_act(py::module_& m);
 

@@ -16,6 +16,7 @@ PYBIND11_MODULE(_core, m) {
   bind_cam_discrepancy(m);
   bind_conv2d(m);
   bind_cross_entropy(m);
+  bind_kendall_tau(m);
   bind_max_pool2d(m);
   bind_norm_act(m);
 }

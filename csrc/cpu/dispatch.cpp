@@ -81,6 +81,10 @@ std::int64_t conv2d_weight_grad_scratch_bytes(const Conv2dWeightGrad&) { return 
 void conv2d_weight_grad(const Conv2dWeightGrad&) {}
 #endif
 void attack_step(const AttackStep& p) { FI_CALL(attack_step(p)) }
+std::int64_t kendall_tau_scratch_bytes(const KendallTau& p) {
+  FI_CALL(kendall_tau_scratch_bytes(p))
+}
+void kendall_tau(const KendallTau& p) { FI_CALL(kendall_tau(p)) }
 std::int64_t cam_discrepancy_scratch_bytes(const CamDiscrepancy& p) {
   FI_CALL(cam_discrepancy_scratch_bytes(p))
 }

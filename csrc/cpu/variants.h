@@ -8,6 +8,8 @@
   namespace cpu {                                                      \
   namespace arch {                                                     \
   void attack_step(const AttackStep& p);                               \
+  std::int64_t kendall_tau_scratch_bytes(const KendallTau& p);         \
+  void kendall_tau(const KendallTau& p);                               \
   std::int64_t cam_discrepancy_scratch_bytes(const CamDiscrepancy& p); \
   void cam_discrepancy_forward(const CamDiscrepancy& p);               \
   void cam_discrepancy_backward(const CamDiscrepancy& p);              \

@@ -8,6 +8,7 @@ from fastinterp.ops.cam_discrepancy import cam_discrepancy
 from fastinterp.ops.conv2d import conv2d
 from fastinterp.ops.cross_entropy import cross_entropy
 from fastinterp.ops.group_norm_act import group_norm_act
+from fastinterp.ops.kendall_tau import kendall_tau
 from fastinterp.ops.layer_norm_act import layer_norm_act
 from fastinterp.ops.linear import linear
 from fastinterp.ops.max_pool2d import max_pool2d
@@ -22,6 +23,7 @@ __all__ = [
     "conv2d",
     "cross_entropy",
     "group_norm_act",
+    "kendall_tau",
     "layer_norm_act",
     "linear",
     "max_pool2d",
