@@ -49,6 +49,10 @@ class Objective(nn.Module):
         ig_weighting: "sum", the gradient of each example's own loss, as IG-Norm's authors; or
             "batch-mean", of the mean over the batch of N, which makes the weight lambda / N, as
             the networks were trained that Boopathy et al. released.
+        label_smoothing: of the minimised cross-entropy; attacks raise the plain one.
+        map: what the discrepancy of the int family compares, as of InterpretationRegularizer; the
+            paper's is "cam". Integrated gradients have ``ig_steps`` points.
+        softplus_beta: of InterpretationRegularizer.
     """
 
     def __init__(
@@ -62,11 +66,16 @@ class Objective(nn.Module):
         ig_weight: float = 1.0,
         ig_steps: int = 5,
         ig_weighting: str = "sum",
+        label_smoothing: float = 0.0,
+        map: str = "cam",
+        softplus_beta: float | None = None,
     ):
         super().__init__()
         self.model, self.gamma, self.beta = model, gamma, beta
         self.ig_weight, self.ig_steps, self.ig_weighting = ig_weight, ig_steps, ig_weighting
         self._attack = dict(step_size=step_size, steps=steps)
+        self.map, self.softplus_beta = map, softplus_beta
+        self._ce = partial(F.cross_entropy, label_smoothing=label_smoothing)
         self._network: CamNetwork | None = None  # made once: a loop's model stays what it is
 
     def forward(
@@ -84,7 +93,7 @@ class Objective(nn.Module):
             The scalar to minimise and detached scalars to log.
         """
         if eps == 0:
-            ce = F.cross_entropy(self.model(x), y)
+            ce = self._ce(self.model(x), y)
             return ce, {"ce": ce.detach(), **{part: torch.zeros_like(ce) for part in self.PARTS}}
         return self.attacked_loss(x, y, eps, start)
 
@@ -101,7 +110,7 @@ class Objective(nn.Module):
 
 class Normal(Objective):
     def forward(self, x, y, eps, start):
-        return F.cross_entropy(self.model(x), y), {}
+        return self._ce(self.model(x), y), {}
 
 
 class Adv(Objective):
@@ -109,7 +118,7 @@ class Adv(Objective):
         if eps > 0:
             network = self._found_network(x)
             x = pgd(self.model, x, y, eps=eps, start=start, network=network, **self._attack)
-        return F.cross_entropy(self.model(x), y), {}
+        return self._ce(self.model(x), y), {}
 
 
 class Trades(Objective):
@@ -127,7 +136,7 @@ class Trades(Objective):
                 **self._attack,
             )
         logits, log_p_adv = self.model(x), self.model(x_adv).log_softmax(1)
-        ce, kl = F.cross_entropy(logits, y), _kl(logits.log_softmax(1), log_p_adv).mean()
+        ce, kl = self._ce(logits, y), _kl(logits.log_softmax(1), log_p_adv).mean()
         return ce + self.beta * kl, {"ce": ce.detach(), "kl": kl.detach()}
 
 
@@ -150,11 +159,18 @@ class Int(Objective):
         super().__init__(model, **how)
         self.adversarial = adversarial
         self.regularizer = InterpretationRegularizer(
-            "cam", classes=classes, inner=inner, inner_weight=self.gamma, eps=0.0, **self._attack
+            self.map,
+            classes=classes,
+            inner=inner,
+            inner_weight=self.gamma,
+            eps=0.0,
+            softplus_beta=self.softplus_beta,
+            map_options={"steps": self.ig_steps} if self.map == "integrated_gradients" else None,
+            **self._attack,
         )
 
     def attacked_loss(self, x, y, eps, start):
-        if self._network is None:
+        if self._network is None and self.map == "cam":
             self._network = CamNetwork(self.model, x)
         value, aux = self.regularizer(
             self.model,
@@ -166,7 +182,7 @@ class Int(Objective):
             validate=False,
             network=self._network,
         )
-        ce = F.cross_entropy(aux.logits_adv if self.adversarial else aux.logits, y)
+        ce = self._ce(aux.logits_adv if self.adversarial else aux.logits, y)
         return ce + self.gamma * value, {"ce": ce.detach(), "discrepancy": value.detach()}
 
 
@@ -196,7 +212,7 @@ class IgNorm(Objective):
         tensors = {**cloned_buffers(model), **attack_parameters(model)}
         with substituted(model, tensors), eval_mode(model):
             x_adv = maximise(raised, x, eps=eps, start=start, **self._attack)
-        ce = F.cross_entropy(model(x_adv if self.adversarial else x), y)
+        ce = self._ce(model(x_adv if self.adversarial else x), y)
         norm = penalty(x_adv).mean()
         return ce + norm, {"ce": ce.detach(), "ig_norm": norm.detach()}
 

@@ -12,7 +12,15 @@ from safetensors.torch import load_file
 
 from fastinterp.data import Dataset, Split
 from fastinterp.models import create_model, init_paper, load_weights
-from fastinterp.training import RECIPES, TrainConfig, Trainer, TrainingDiverged, checkpoint, recipe
+from fastinterp.training import (
+    RECIPES,
+    RunOptions,
+    TrainConfig,
+    Trainer,
+    TrainingDiverged,
+    checkpoint,
+    recipe,
+)
 from fastinterp.training.loop import Interrupted, StopRequest
 from fastinterp.training.metrics import read_metrics
 from fastinterp.training.optimizer import EpsilonHatAdam
@@ -35,10 +43,10 @@ def data():
     return Dataset("digits", 10, tuple("0123456789"), split(45), split(11), split(20))
 
 
-def trainer(folder, data, **change):
+def trainer(folder, data, *, options=None, **change):
     config = TrainConfig(**(TINY | change))
     config.check()
-    return Trainer(config, config.method, data, folder, torch.device("cpu"))
+    return Trainer(config, config.method, data, folder, torch.device("cpu"), options)
 
 
 def test_schedules():
@@ -47,7 +55,7 @@ def test_schedules():
     assert recipe("mnist-small-int-1epoch").eps_at(0) == 0.3
     stepped = TrainConfig(lr=[1e-3, 1e-4, 1e-5], lr_steps=[40_000, 60_000])
     steps = (0, 39_999, 40_000, 59_999, 60_000)
-    assert [stepped.lr_at(s) for s in steps] == [1e-3, 1e-3, 1e-4, 1e-4, 1e-5]
+    assert [stepped.lr_at(s, 90_000) for s in steps] == [1e-3, 1e-3, 1e-4, 1e-4, 1e-5]
 
 
 def test_recipes_have_the_papers_settings():
@@ -59,7 +67,7 @@ def test_recipes_have_the_papers_settings():
     assert recipe("mnist-small-adv-1epoch").epochs == 1
     config = recipe("cifar10-wresnet-int-adv")
     assert (config.epochs, config.batch_size, config.eps) == (200, 128, 8 / 255)
-    assert [config.lr_at(s) for s in (39_999, 40_000, 60_000)] == [1e-3, 1e-4, 1e-5]
+    assert [config.lr_at(s, 90_000) for s in (39_999, 40_000, 60_000)] == [1e-3, 1e-4, 1e-5]
     with pytest.raises(ValueError, match="unknown recipe 'mnist'; use one of digits-small-int"):
         recipe("mnist")
 
@@ -71,13 +79,26 @@ def test_recipes_have_the_papers_settings():
         (dict(attack_steps=0), "steps must be at least 1"),
         (dict(epochs=0), "epochs must be at least 1, got 0"),
         (dict(method="fgsm"), "method must be one of normal, adv, trades, int, .*got 'fgsm'"),
-        (dict(beta=-1.0), "beta must be >= 0"),
+        (dict(beta=-1.0), "beta must be finite and >= 0"),
         (dict(ig_weighting="mean"), "ig_weighting must be one of sum, batch-mean"),
         (dict(compare=["nothing"]), "compare must be one of"),
         (dict(dataset="svhn"), "dataset must be one of"),
         (dict(lr=[0.1, 0.2]), "lr needs one positive value more"),
         (dict(eps_warmup=[5]), "eps_warmup must be empty or two"),
         (dict(rng="numpy"), "rng must be one of torch, paper"),
+        (dict(rng="paper", model="resnet18-cifar"), "rng paper draws the weights of small, pool"),
+        (dict(model="vgg"), "unknown model 'vgg'"),
+        (dict(model="torchvision:vgg0"), "torchvision has no network 'vgg0'"),
+        (dict(optimizer="lion"), "optimizer must be one of adam, adamw, sgd"),
+        (dict(weight_decay=0.1), "weight_decay must be 0 with optimizer adam, got 0.1; use adamw"),
+        (dict(lr_schedule="cosine", lr=[1.0, 0.1], lr_steps=[5]), "lr_steps must be empty with"),
+        (dict(accumulate=3), "accumulate must divide batch_size 50, got 3"),
+        (dict(accumulate=2, ig_weighting="batch-mean"), "batch-mean needs a batch in one part"),
+        (dict(ema=1.0), r"ema must be in \[0, 1\)"),
+        (dict(label_smoothing=-0.1), "label_smoothing must be in"),
+        (dict(clip_grad_norm=float("nan")), "clip_grad_norm must be finite and >= 0"),
+        (dict(amp="fp16"), "amp must be one of off, bf16"),
+        (dict(map="lime"), "map must be one of cam, grad_cam"),
     ],
 )
 def test_bad_configuration(change, match):
@@ -117,9 +138,12 @@ def test_paper_rng_replays_numpy_and_survives_a_round_trip():
         assert torch.equal(one.permutation(50), other.permutation(50))
         assert torch.equal(one.start(x, 0.3), other.start(x, 0.3))
     assert not torch.equal(TorchRng(1).permutation(50), TorchRng(2).permutation(50))
-    net = create_model("small", 1, 10)
     untouched = torch.random.get_rng_state()
-    TorchRng(1).initialise(net)
+    one, same, other = (
+        TorchRng(seed).create(lambda: create_model("small", 1, 10)).head.weight
+        for seed in (1, 1, 2)
+    )
+    assert torch.equal(one, same) and not torch.equal(one, other)
     assert torch.equal(torch.random.get_rng_state(), untouched)
 
 
@@ -133,10 +157,9 @@ def test_stopping_at_any_step_and_resuming_changes_no_bit(tmp_path, data, rng):
         stop = StopRequest()
         step = first._step
 
-        def counted(step=step, first=first, stop=stop, at=at):
-            result = step()
-            stop.requested = first.step >= at
-            return result
+        def counted(stop, step=step, first=first, at=at):
+            stop.requested = first.step + 1 >= at
+            return step(stop)
 
         first._step = counted
         if at == 0:
@@ -157,8 +180,8 @@ def test_stopping_at_any_step_and_resuming_changes_no_bit(tmp_path, data, rng):
 @pytest.mark.parametrize("where", ["objective", "update"])
 def test_an_exception_loses_at_most_the_current_step(tmp_path, data, where):
     expected = trainer(tmp_path / "whole", data).run(StopRequest(), quiet=True).state_dict()
-    broken = trainer(tmp_path / "run", data)
-    broken.checkpoint_seconds = 0 if where == "update" else 1e9
+    options = RunOptions(checkpoint_seconds=0 if where == "update" else 1e9)
+    broken = trainer(tmp_path / "run", data, options=options)
     target = broken.objective if where == "objective" else broken.optimizer
     name = "forward" if where == "objective" else "step"
     original = getattr(target, name)
@@ -177,29 +200,52 @@ def test_an_exception_loses_at_most_the_current_step(tmp_path, data, where):
     assert all(torch.equal(expected[name], got[name]) for name in expected)
 
 
-def test_an_infinite_loss_is_reported(tmp_path, data):
-    broken = trainer(tmp_path / "run", data, epochs=5)
-    forward = broken.objective.forward
-    broken.objective.forward = lambda *args: (forward(*args)[0] + torch.inf, {})
-    with pytest.raises(TrainingDiverged, match="loss of int: inf at step 10"):
-        broken.run(StopRequest(), quiet=True)
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, data):
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_batch(tmp_path, data):
     broken = trainer(tmp_path / "run", data)
-    broken.checkpoint_seconds = 0
     forward = broken.objective.forward
 
     def poisoned(*args):
         loss, parts = forward(*args)
-        return (loss * torch.nan if broken.step == 4 else loss), parts
+        return (loss * torch.nan if broken.step == 5 else loss), parts
 
     broken.objective.forward = poisoned
-    with pytest.raises(TrainingDiverged, match="weights of int: not finite at step 5"):
+    with pytest.raises(TrainingDiverged, match=r"loss of int: nan.* at step 5; .*diverged-step"):
         broken.run(StopRequest(), quiet=True)
+    # The weights are those of before the step, so the saved batch replays it.
     good = trainer(tmp_path / "run", data)
-    assert good.resume() and good.step == 4
+    assert good.resume() and good.step == 5
     assert all(torch.isfinite(p).all() for p in good.model.parameters())
+    batch = torch.load(tmp_path / "run" / "diverged-step-00000005.pt")
+    x, y = good._next_batch()
+    start = good._start(x, batch["eps"])
+    assert all(torch.equal(batch[k], v) for k, v in dict(x=x, y=y, start=start).items())
+
+
+def test_a_gradient_that_is_not_finite_is_not_applied(tmp_path, data):
+    broken = trainer(tmp_path, data)
+    backward = broken._backward
+
+    def poisoned(*args):
+        values = backward(*args)
+        if broken.step == 3:
+            broken.model.head.weight.grad[0, 0] = torch.inf
+        return values
+
+    broken._backward = poisoned
+    with pytest.raises(TrainingDiverged, match="a gradient not finite, at step 3"):
+        broken.run(StopRequest(), quiet=True)
+    assert all(torch.isfinite(p).all() for p in broken.model.parameters())
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, data):
+    broken = trainer(tmp_path, data)
+    broken.save()
+    with torch.no_grad():
+        broken.model.head.weight[0, 0] = torch.inf
+    broken.step = 1
+    with pytest.raises(TrainingDiverged, match="weights of int: not finite"):
+        broken.save()
+    assert trainer(tmp_path, data).resume()
 
 
 def test_checkpoint_files(tmp_path, data):

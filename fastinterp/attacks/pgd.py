@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from fastinterp._checks import check_attack, check_images, check_labels
 from fastinterp._state import attack_parameters, eval_mode, substituted
+from fastinterp._timing import timed
 from fastinterp.maps import CamNetwork
 from fastinterp.ops.attack_step import attack_step, per_example
 
@@ -28,6 +29,7 @@ def random_start(
     return (eps * radius ** (1 / direction.shape[1]) * direction).view_as(x)
 
 
+@timed("attack")
 def maximise(
     objective: Callable[[torch.Tensor], torch.Tensor],
     x: torch.Tensor,

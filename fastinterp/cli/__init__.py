@@ -11,6 +11,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit status: 0, 1 or 2 for an error, 130 after Ctrl-C."""
     from fastinterp.cli import eval as eval_command
     from fastinterp.cli import info, train
+    from fastinterp.training.distributed import RankFailed, World
 
     argv = sys.argv[1:] if argv is None else argv
     commands = {"train": train, "eval": eval_command, "info": info}
@@ -27,7 +28,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
         if "--traceback" in argv:
             raise
-        print(f"fastinterp: error: {error}", file=sys.stderr)
+        if World.from_environment().rank == 0 or isinstance(error, RankFailed):
+            print(f"fastinterp: error: {error}", file=sys.stderr)
         return 1
 
 

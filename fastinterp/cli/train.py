@@ -1,18 +1,31 @@
-"""fastinterp train: trains the methods of a recipe, compares them and leaves a run folder."""
+"""fastinterp train: trains the methods of a recipe, compares them and leaves a run folder.
+
+On several GPUs or machines: torchrun --nproc-per-node N -m fastinterp train ...
+"""
 
 from __future__ import annotations
 
 import argparse
 import typing
+import warnings
 from pathlib import Path
 
 import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ActionYesNo, ArgumentParser
 
 from fastinterp.cli import add_common, set_up_device
 from fastinterp.data import load_dataset
-from fastinterp.training import DEFAULT_RECIPE, RECIPES, Interrupted, TrainConfig, recipe
+from fastinterp.training import (
+    DEFAULT_RECIPE,
+    RECIPES,
+    Interrupted,
+    RunOptions,
+    TrainConfig,
+    recipe,
+)
 from fastinterp.training.config import OPTIONS
+from fastinterp.training.distributed import World
+from fastinterp.training.metrics import import_wandb
 from fastinterp.training.run import (
     CONFIG_FILE,
     execute,
@@ -78,20 +91,35 @@ def parser(argv: list[str]) -> ArgumentParser:
         default=10.0,
         help="write a checkpoint this often; 0 after every step",
     )
+    train.add_argument(
+        "--limit-steps", type=int, default=0, help="end every method after so many steps; 0: do not"
+    )
+    train.add_argument(
+        "--profile", type=int, default=0, help="write a Chrome trace of so many steps, trace.json"
+    )
+    train.add_argument(
+        "--wandb", type=str | None, default=None, help="project of Weights & Biases to log to"
+    )
     add_common(train)
     train.add_argument("--quiet", action="store_true", help="no progress bar")
     defaults = _defaults(argv) if argv[:1] == ["train"] else recipe(DEFAULT_RECIPE)
-    kinds = typing.get_type_hints(TrainConfig)
+    kinds, groups = typing.get_type_hints(TrainConfig), {}
     for option in OPTIONS:
-        kind, many = kinds[option.name], {}
-        if typing.get_origin(kind) is list:
-            (kind,), many = typing.get_args(kind), {"nargs": "*"}
-        train.add_argument(
+        group = option.metadata["group"]
+        if group not in groups:
+            groups[group] = train.add_argument_group(group)
+        kind = kinds[option.name]
+        if kind is bool:
+            how = {"action": ActionYesNo}
+        elif typing.get_origin(kind) is list:
+            how = {"type": typing.get_args(kind)[0], "nargs": "*"}
+        else:
+            how = {"type": kind}
+        groups[group].add_argument(
             f"--{option.name.replace('_', '-')}",
-            type=kind,
             default=getattr(defaults, option.name),
             help=option.metadata["help"],
-            **many,
+            **how,
         )
     return train
 
@@ -99,30 +127,64 @@ def parser(argv: list[str]) -> ArgumentParser:
 def run(arguments) -> int:
     config = TrainConfig(**{option.name: arguments[option.name] for option in OPTIONS})
     config.check()
-    device = set_up_device(arguments.device, arguments.threads)
+    options = RunOptions(
+        checkpoint_seconds=arguments.checkpoint_seconds,
+        limit_steps=arguments.limit_steps,
+        profile=arguments.profile,
+        wandb=arguments.wandb,
+    )
+    if options.wandb is not None:
+        import_wandb()
+    world = World.from_environment()
+    if world.rank > 0:
+        warnings.simplefilter("ignore")  # rank 0 has said it
+    device = set_up_device(_local(arguments.device, world), arguments.threads)
+    config.check_world(world.size, device)
+    data = load_dataset(config.dataset, arguments.data_dir, arguments.download)
+    config.check(data)
+    with world.connected(device):
+        folder, resume = world.from_first(_folder(arguments, config, world))
+        try:
+            results = execute(
+                folder,
+                config,
+                data,
+                device,
+                resume=resume,
+                quiet=arguments.quiet,
+                options=options,
+                world=world,
+            )
+        except Interrupted as stopped:
+            if world.rank == 0:
+                data_dir = f" --data-dir {arguments.data_dir}" if arguments.data_dir else ""
+                print(f"{stopped}; go on with: fastinterp train --resume {folder}{data_dir}")
+            return 130
+    if world.rank == 0:
+        examples = results[0]["examples"]
+        print(f"\naccuracy in percent on {examples} test images of {config.dataset}")
+        print(table(results))
+        print(f"\nweights, metrics, curves.png and results.json are in {folder}")
+    return 0
+
+
+def _local(device: str, world: World) -> str:
+    """Each process of a machine takes the GPU of its number."""
+    if world.size == 1 or device not in ("auto", "cuda"):
+        return device
+    import torch
+
+    return f"cuda:{world.local_rank}" if device == "cuda" or torch.cuda.is_available() else "cpu"
+
+
+def _folder(arguments, config: TrainConfig, world: World) -> tuple[Path, bool] | None:
+    """The prepared run folder and whether it is continued; None but in rank 0."""
+    if world.rank > 0:
+        return None
     folder = _resumed_folder(arguments.recipe, arguments.resume, arguments.out)
     resume = folder is not None
     if folder is None:
         folder = Path(arguments.out) if arguments.out else new_folder(RUNS, arguments.recipe)
-    data = load_dataset(config.dataset, arguments.data_dir, arguments.download)
-    config.check(data)
     prepare(folder, config, resume)
     print(f"{'continuing' if resume else 'run folder'}: {folder}", flush=True)
-    try:
-        results = execute(
-            folder,
-            config,
-            data,
-            device,
-            resume=resume,
-            quiet=arguments.quiet,
-            checkpoint_seconds=arguments.checkpoint_seconds,
-        )
-    except Interrupted as stopped:
-        data_dir = f" --data-dir {arguments.data_dir}" if arguments.data_dir else ""
-        print(f"{stopped}; go on with: fastinterp train --resume {folder}{data_dir}")
-        return 130
-    print(f"\naccuracy in percent on {results[0]['examples']} test images of {config.dataset}")
-    print(table(results))
-    print(f"\nweights, metrics, curves.png and results.json are in {folder}")
-    return 0
+    return folder, resume

@@ -11,6 +11,7 @@ is one indexing operation, on whichever device the tensors of the split are.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -67,6 +68,11 @@ class Split:
         # off by one unit in the last place for half of the values; by a tensor it divides.
         scale = torch.full((), 255, dtype=dtype, device=images.device)
         return images / scale, self.labels[index]
+
+    def batches(self, indices: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batch of every int64 (B,) of `indices`, one after the other."""
+        for index in indices:
+            yield self.batch(index.to(self.images.device))
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""The paper's networks, their numpy-seeded initialisation and the loading of weights."""
+"""Networks by name, the numpy-seeded initialisation of the paper's, the loading of weights."""
 
 from __future__ import annotations
 
@@ -14,21 +14,50 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fastinterp.models.networks import Pool, Small, WResnet
+from fastinterp.models.zoo import LIBRARIES, check_zoo_name, create_zoo_model, resnet18_cifar
 
-MODELS = {"small": Small, "pool": Pool, "wresnet": WResnet}
+PAPER_MODELS = {"small": Small, "pool": Pool, "wresnet": WResnet}
+MODELS = {**PAPER_MODELS, "resnet18-cifar": resnet18_cifar}
 
-__all__ = ["MODELS", "Pool", "Small", "WResnet", "create_model", "init_paper", "load_weights"]
+__all__ = [
+    "MODELS",
+    "PAPER_MODELS",
+    "Pool",
+    "Small",
+    "WResnet",
+    "check_model",
+    "create_model",
+    "init_paper",
+    "load_weights",
+]
+
+
+def check_model(name: str) -> None:
+    """Raises ValueError unless ``create_model`` knows ``name``."""
+    if name.partition(":")[0] in LIBRARIES:
+        check_zoo_name(name)
+    elif name not in MODELS:
+        raise ValueError(
+            f"unknown model {name!r}; use one of {', '.join(MODELS)}, torchvision:NAME or timm:NAME"
+        )
 
 
 def create_model(name: str, in_channels: int, num_classes: int) -> nn.Module:
-    """A network of the paper by name: "small", "pool" or "wresnet", with torch's default init.
+    """A network by name, untrained, with the default initialisation of its authors.
+
+    Args:
+        name: of MODELS, or torchvision:NAME or timm:NAME.
+        in_channels: of the images.
+        num_classes: length of the logits.
 
     Raises:
-        ValueError: unknown name.
+        ValueError: unknown name, or not for that number of channels.
+        ImportError: the library is not installed.
     """
-    if name not in MODELS:
-        raise ValueError(f"unknown model {name!r}; use one of {', '.join(MODELS)}")
-    return MODELS[name](in_channels, num_classes)
+    check_model(name)
+    if name in MODELS:
+        return MODELS[name](in_channels, num_classes)
+    return create_zoo_model(name, in_channels, num_classes)
 
 
 @torch.no_grad()

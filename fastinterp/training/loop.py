@@ -1,28 +1,39 @@
-"""The training loop of one method, and the run of several side by side."""
+"""The training loop of one method."""
 
 from __future__ import annotations
 
 import contextlib
 import math
+import resource
 import signal
+import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from fastinterp._files import write_atomically
+from fastinterp._timing import Clock
 from fastinterp.data import Dataset
+from fastinterp.fusion import fuse
 from fastinterp.models import create_model
-from fastinterp.objectives import METHODS
+from fastinterp.objectives import METHODS, Objective
 from fastinterp.training import checkpoint
 from fastinterp.training.config import TrainConfig
+from fastinterp.training.distributed import RankFailed, World
 from fastinterp.training.metrics import MetricsLog
-from fastinterp.training.optimizer import EpsilonHatAdam
+from fastinterp.training.optimizer import create_optimizer
 from fastinterp.training.rng import RNGS
 
-LOG_EVERY = 10  # steps; also how often a GPU run waits for its device
+LOG_EVERY = 10  # steps
+PROFILE_AFTER = 3  # steps of a process that are not profiled
 
 
 class Interrupted(Exception):
@@ -30,7 +41,30 @@ class Interrupted(Exception):
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss or the weights are NaN or infinite; the last checkpoint is from before."""
+    """A loss, gradient or weight is NaN or infinite; the last checkpoint is from before."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run is run, which changes nothing of what a step computes.
+
+    Attributes:
+        checkpoint_seconds: how much work a killed process may lose; an exception or a request to
+            stop loses at most the current step.
+        limit_steps: stop every method after so many steps as if that were the end; 0 for none.
+        profile: steps of which a Chrome trace is written; 0 for none.
+        wandb: project of Weights & Biases to log to, or None.
+    """
+
+    checkpoint_seconds: float = 10.0
+    limit_steps: int = 0
+    profile: int = 0
+    wandb: str | None = None
+
+    def __post_init__(self):
+        for name in ("checkpoint_seconds", "limit_steps", "profile"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
 
 
 class StopRequest:
@@ -59,8 +93,28 @@ class StopRequest:
                 signal.signal(signum, handler)
 
 
+def create_objective(config: TrainConfig, method: str, model: nn.Module) -> Objective:
+    """The loss of a method with the settings of ``config``."""
+    return METHODS[method](
+        model,
+        step_size=config.step_size,
+        steps=config.attack_steps,
+        gamma=config.gamma,
+        beta=config.beta,
+        ig_weight=config.ig_weight,
+        ig_steps=config.ig_steps,
+        ig_weighting=config.ig_weighting,
+        label_smoothing=config.label_smoothing,
+        map=config.map,
+        softplus_beta=config.softplus_beta or None,
+    )
+
+
 class Trainer:
     """Trains one method and keeps its checkpoints and metrics below ``folder``.
+
+    Every process of a job has one: each computes its part of the batches, all hold the same
+    weights, rank 0 writes.
 
     Args:
         config: checked.
@@ -68,8 +122,11 @@ class Trainer:
         data: training images stay on the CPU or are moved whole to ``device``.
         folder: of this method in the run; an unfinished run there is continued.
         device: where to train.
-        checkpoint_seconds: how much work a killed process may lose; an exception or a request to
-            stop loses at most the current step.
+        options: how to run.
+        world: the processes of the job.
+
+    Raises:
+        ValueError: the batch cannot be divided among the processes, or SyncBN is not possible.
     """
 
     def __init__(
@@ -79,55 +136,78 @@ class Trainer:
         data: Dataset,
         folder: Path,
         device: torch.device,
-        checkpoint_seconds: float = 10.0,
+        options: RunOptions | None = None,
+        world: World | None = None,
     ):
         self.config, self.method, self.folder, self.device = config, method, folder, device
-        self.checkpoint_seconds = checkpoint_seconds
+        self.options, self.world = options or RunOptions(), world or World()
+        config.check_world(self.world.size, device)
         self.train = data.train.to(device)
         self.rng = RNGS[config.rng](config.seed)
-        self.model = create_model(config.model, data.train.images.shape[1], data.num_classes)
-        self.rng.initialise(self.model)
+        channels = data.train.images.shape[1]
+        self.model = self.rng.create(lambda: create_model(config.model, channels, data.num_classes))
         self.model.to(device)
-        self.objective = METHODS[method](
-            self.model,
-            step_size=config.step_size,
-            steps=config.attack_steps,
-            gamma=config.gamma,
-            beta=config.beta,
-            ig_weight=config.ig_weight,
-            ig_steps=config.ig_steps,
-            ig_weighting=config.ig_weighting,
+        self._format = torch.channels_last if config.channels_last else torch.preserve_format
+        if config.channels_last:
+            self.model.to(memory_format=torch.channels_last)
+        if config.sync_bn and self.world.size > 1:
+            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+        self.ema: AveragedModel | None = None
+        if config.ema:
+            average = get_ema_multi_avg_fn(config.ema)
+            self.ema = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
+        if config.fuse:
+            fuse(self.model)
+        self.objective = create_objective(config, method, self.model)
+        if self.world.size > 1:
+            # Without the broadcast: a loss runs the model several times, and the running
+            # statistics must not be overwritten in between.
+            self._module = DistributedDataParallel(self.objective, broadcast_buffers=False)
+        else:
+            self._module = self.objective
+        self.optimizer = create_optimizer(
+            config.optimizer,
+            self.model.parameters(),
+            lr=config.lr[0],
+            weight_decay=config.weight_decay,
+            momentum=config.momentum,
         )
-        self.optimizer = EpsilonHatAdam(self.model.parameters(), lr=config.lr[0])
         self.steps_per_epoch = len(self.train) // config.batch_size
         self.total_steps = config.epochs * self.steps_per_epoch
+        self.last_step = min(self.total_steps, self.options.limit_steps or self.total_steps)
         self.step = 0
         self.seconds = 0.0  # spent training, interruptions left out
         self.order: torch.Tensor | None = None
+        self._batches: Iterator | None = None
         self._rng_after_step = self.rng.state_dict()
         self._updating = False
         self._began = time.perf_counter()
 
     def resume(self) -> bool:
-        """Continues from the newest checkpoint, if there is one."""
-        newest = checkpoint.latest(self.folder / "checkpoints")
+        """Continues from the newest checkpoint, if there is one; of any number of processes."""
+        newest = self.world.from_first(checkpoint.latest(self.folder / "checkpoints"))
         if newest is None:
             return False
         state = checkpoint.load(newest, self.model)
+        self.world.wait()  # nobody goes on, and replaces the checkpoint, before all have read it
         self.optimizer.load_state_dict(state["optimizer"])
         self.rng.load_state_dict(state["rng"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
         self.step, self.order, self.seconds = state["step"], state["order"], state["seconds"]
         self._rng_after_step = state["rng"]
         return True
 
     def save(self) -> None:
-        """Writes a checkpoint of the finished steps.
+        """Writes a checkpoint of the finished steps, if this is rank 0; waits for nobody.
 
         Raises:
             TrainingDiverged: a weight is not finite; nothing is written.
         """
         if not all(torch.isfinite(p).all() for p in self.model.parameters()):
             raise self._diverged("weights", "not finite")
+        if self.world.rank > 0:
+            return
         state = {
             "step": self.step,
             "order": self.order,
@@ -136,111 +216,248 @@ class Trainer:
             # Of the last finished step: one that raised has drawn numbers but can be taken again.
             "rng": self._rng_after_step,
         }
+        if self.ema is not None:
+            state["ema"] = self.ema.state_dict()
         checkpoint.save(self.folder / "checkpoints", self.step, self.model, state)
 
     def run(self, stop: StopRequest, quiet: bool = False) -> nn.Module:
         """Trains to the end.
 
         Returns:
-            The trained model, also written to ``folder/model.safetensors``.
+            The trained model, also written to ``folder/model.safetensors``; the average of its
+            weights, where there is one, is in ``ema`` and in ``folder/ema.safetensors``.
 
         Raises:
-            Interrupted: ``stop`` was requested; the last step is saved.
-            TrainingDiverged: the loss is not finite.
+            Interrupted: ``stop`` was requested in any process; the last step is saved.
+            TrainingDiverged: a loss or gradient is not finite; the batch is saved.
+            RankFailed: in a job of several processes, any other exception.
         """
+        first = self.world.rank == 0
         self.folder.mkdir(parents=True, exist_ok=True)
         self._began = time.perf_counter()
         bar = tqdm(
-            total=self.total_steps,
+            total=self.last_step,
             initial=self.step,
             desc=self.method,
             unit="step",
-            disable=True if quiet else None,  # None: only on a terminal
+            disable=True if quiet or not first else None,  # None: only on a terminal
             mininterval=0.5,
         )
-        saved_at = time.monotonic()
-        with bar, MetricsLog(self.folder, after_step=self.step) as log:
-            timer = _Timer(self.step)
+        log = MetricsLog(self.folder, self.step, self.options.wandb) if first else None
+        devices = [self.device] if self.device.type == "cuda" else []
+        with (
+            bar,
+            log or contextlib.nullcontext(),
+            torch.random.fork_rng(devices=devices),
+            self._profiler() as profiler,
+        ):
             try:
-                while self.step < self.total_steps and not stop.requested:
-                    loss, parts = self._step()
-                    bar.update(1)
-                    if self.step % LOG_EVERY == 0 or self.step == self.total_steps:
-                        row = self._row(loss, parts, timer)
-                        log.write(row)
-                        bar.set_postfix(_postfix(row))
-                    if time.monotonic() - saved_at >= self.checkpoint_seconds:
-                        self.save()
-                        saved_at = time.monotonic()
+                self._train(stop, bar, log, profiler)
             except TrainingDiverged:
                 raise
-            except BaseException:
+            except BaseException as error:
                 if not self._updating:  # else the weights are between two steps
                     self.save()
-                raise
+                if self.world.size == 1 or not isinstance(error, Exception):
+                    raise
+                raise RankFailed(
+                    f"process {self.world.rank} of {self.world.size} stopped after step "
+                    f"{self.step} of {self.method}: {error}. If it lost a connection, another "
+                    "process has died. Finished steps are saved; go on with --resume "
+                    f"{self.folder.parent}"
+                ) from error
             self.save()
         self.seconds += time.perf_counter() - self._began
-        if self.step < self.total_steps:
-            stop.check(f"{self.method} after step {self.step}")
-        checkpoint.save_model(self.model, self.folder / "model.safetensors")
+        if self.step < self.last_step:
+            raise Interrupted(f"stopped {self.method} after step {self.step}")
+        if first:
+            checkpoint.save_model(self.model, self.folder / "model.safetensors")
+            if self.ema is not None:
+                checkpoint.save_model(self.ema.module, self.folder / "ema.safetensors")
         return self.model
 
-    def _step(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        config, position = self.config, self.step % self.steps_per_epoch
-        if position == 0:
-            self.order = self.rng.permutation(len(self.train))
-        batch = config.batch_size
-        index = self.order[position * batch : (position + 1) * batch]
-        x, y = self.train.batch(index.to(self.device))
+    def _train(self, stop: StopRequest, bar: tqdm, log: MetricsLog | None, profiler) -> None:
+        saved_at = time.monotonic()
+        meter = _Meter(self.step, self.device)
+        (stopping,) = self.world.any(stop.requested)
+        while self.step < self.last_step and not stopping:
+            with meter.clock.running():
+                values, stopping = self._step(stop)
+            bar.update(1)
+            profiler.step()
+            if self.step % LOG_EVERY == 0 or self.step == self.last_step:
+                row = self._row(values, meter)
+                if log is not None:
+                    log.write(row)
+                    bar.set_postfix(_postfix(row))
+            if time.monotonic() - saved_at >= self.options.checkpoint_seconds:
+                self.save()
+                saved_at = time.monotonic()
+
+    def _step(self, stop: StopRequest | None = None) -> tuple[dict[str, torch.Tensor], bool]:
+        """One update.
+
+        Returns:
+            What is logged, detached scalars of this process; and whether a stop was requested.
+        """
+        config = self.config
+        x, y = self._next_batch()
         eps = config.eps_at(self.step)
-        start = self.rng.start(x, eps) if eps > 0 and self.method != "normal" else None
+        start = self._start(x, eps) if eps > 0 and self.method != "normal" else None
+        lr = config.lr_at(self.step, self.total_steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = config.lr_at(self.step)
-        loss, parts = self.objective(x, y, eps, start)
+            group["lr"] = lr
+        self._seed_step()
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        values = self._backward(x, y, eps, start)
+        values["grad_norm"] = self._clipped_norm()
+        finite = math.isfinite(values["loss"] + values["grad_norm"])
+        stopping, diverged = self.world.any(stop is not None and stop.requested, not finite)
+        if diverged:
+            where = None if finite else self._save_batch(x, y, eps, start)
+            self.save()
+            raise self._diverged("loss", values["loss"].item(), where)
         self._updating = True
         self.optimizer.step()
+        if self.ema is not None:
+            self.ema.update_parameters(self.model)
         self.step += 1
         self._rng_after_step = self.rng.state_dict()
         self._updating = False
-        return loss.detach(), parts
+        return values, stopping
 
-    def _diverged(self, what: str, value) -> TrainingDiverged:
+    def _next_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """This process's part of the images and labels of the step."""
+        position = self.step % self.steps_per_epoch
+        if position == 0:
+            self.order = self.rng.permutation(len(self.train))
+        if position == 0 or self._batches is None:
+            size, part = self.config.batch_size, self.world.part(self.config.batch_size)
+            indices = self.order[: self.steps_per_epoch * size].view(-1, size)[position:, part]
+            self._batches = self.train.batches(indices)
+        x, y = next(self._batches)
+        return x.contiguous(memory_format=self._format) if self.config.channels_last else x, y
+
+    def _start(self, x: torch.Tensor, eps: float) -> torch.Tensor:
+        """This process's part of the random start of the whole batch, so like in any world."""
+        if self.world.size == 1:
+            return self.rng.start(x, eps)
+        whole = torch.empty_like(x[:1]).expand(self.config.batch_size, -1, -1, -1)
+        drawn = self.rng.start(torch.empty_like(whole, memory_format=self._format), eps)
+        return drawn[self.world.part(len(drawn))]
+
+    def _seed_step(self) -> None:
+        """What the model itself draws, as dropout does, follows from the step alone."""
+        words = np.random.SeedSequence((self.config.seed, self.step, self.world.rank))
+        torch.manual_seed(int(words.generate_state(1, np.uint64)[0] >> np.uint64(1)))
+
+    def _backward(self, x, y, eps, start) -> dict[str, torch.Tensor]:
+        """Adds the gradients of the batch's mean loss to the parameters'; returns the loss."""
+        parts, totals = self.config.accumulate, {}
+        chunks = [None] * parts if start is None else start.chunk(parts)
+        for i, (xi, yi, si) in enumerate(zip(x.chunk(parts), y.chunk(parts), chunks, strict=True)):
+            last = i == parts - 1
+            with (
+                contextlib.nullcontext() if last or self.world.size == 1 else self._module.no_sync()
+            ):
+                with torch.autocast(
+                    self.device.type, torch.bfloat16, enabled=self.config.amp == "bf16"
+                ):
+                    loss, logged = self._module(xi, yi, eps, si)
+                if parts > 1:
+                    loss, logged = loss / parts, {k: v / parts for k, v in logged.items()}
+                loss.backward()
+            for name, value in {"loss": loss.detach(), **logged}.items():
+                totals[name] = totals[name] + value if name in totals else value
+        return totals
+
+    def _clipped_norm(self) -> torch.Tensor:
+        """Norm of the gradient, which is then scaled down to clip_grad_norm where it is larger."""
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        if self.config.clip_grad_norm:
+            nn.utils.clip_grads_with_norm_(
+                self.model.parameters(), self.config.clip_grad_norm, norm
+            )
+        return norm
+
+    def _save_batch(self, x, y, eps, start) -> Path:
+        rank = f"-rank{self.world.rank}" if self.world.size > 1 else ""
+        path = self.folder / f"diverged-step-{self.step:08d}{rank}.pt"
+        batch = {"step": self.step, "x": x, "y": y, "eps": eps, "start": start}
+        write_atomically(path, lambda temporary: torch.save(batch, temporary))
+        return path
+
+    def _diverged(self, what: str, value, batch: Path | None = None) -> TrainingDiverged:
+        saved = f" Its batch is in {batch}." if batch is not None else ""
         return TrainingDiverged(
-            f"{what} of {self.method}: {value} at step {self.step}; lower lr or gamma. The last "
-            f"good checkpoint is in {self.folder / 'checkpoints'}"
+            f"{what} of {self.method}: {value}, or a gradient not finite, at step {self.step}; "
+            f"lower lr or gamma.{saved} The last good checkpoint is in "
+            f"{self.folder / 'checkpoints'}"
         )
 
-    def _row(self, loss, parts, timer: _Timer) -> dict:
-        value = loss.item()
-        if not math.isfinite(value):
-            raise self._diverged("loss", value)
+    @contextlib.contextmanager
+    def _profiler(self) -> Iterator:
+        """A torch.profiler over some of the first steps, written to ``folder/trace.json``."""
+        if not self.options.profile or self.world.rank > 0:
+            yield _NoProfiler()
+            return
+        with torch.profiler.profile(
+            schedule=torch.profiler.schedule(
+                wait=PROFILE_AFTER - 1, warmup=1, active=self.options.profile, repeat=1
+            ),
+            on_trace_ready=lambda p: p.export_chrome_trace(str(self.folder / "trace.json")),
+        ) as profiler:
+            yield profiler
+
+    def _row(self, values: dict[str, torch.Tensor], meter: _Meter) -> dict:
+        """What is logged of the last steps, means over the processes."""
+        means = self.world.mean(torch.stack([value.float() for value in values.values()]))
+        steps, seconds, attack = meter.take(self.step)
         return {
             "step": self.step,
             "epoch": self.step / self.steps_per_epoch,
-            "loss": value,
-            **{name: value.item() for name, value in parts.items()},
-            "lr": self.config.lr_at(self.step - 1),
+            **dict(zip(values, means.tolist(), strict=True)),
+            "lr": self.config.lr_at(self.step - 1, self.total_steps),
             "eps": self.config.eps_at(self.step - 1),
-            "images_per_second": timer.rate(self.step) * self.config.batch_size,
+            "images_per_second": steps * self.config.batch_size / seconds,
+            "attack_share": attack / seconds,
+            "memory_mb": _peak_memory(self.device) / 1e6,
         }
 
 
-class _Timer:
-    def __init__(self, step: int):
-        self.step, self.time = step, time.perf_counter()
+class _NoProfiler:
+    def step(self) -> None:
+        pass
 
-    def rate(self, step: int) -> float:
-        """Steps per second since the last call."""
-        now = time.perf_counter()
-        rate = (step - self.step) / max(now - self.time, 1e-9)
-        self.step, self.time = step, now
-        return rate
+
+class _Meter:
+    """Time of the steps since the last ``take``, and of their attacks."""
+
+    def __init__(self, step: int, device: torch.device):
+        self.clock = Clock(device)
+        self._step, self._time = step, time.perf_counter()
+
+    def take(self, step: int) -> tuple[int, float, float]:
+        """Steps, seconds and seconds in attacks since the last call."""
+        now, attack = time.perf_counter(), self.clock.take().get("attack", 0.0)
+        passed = step - self._step, max(now - self._time, 1e-9), attack
+        self._step, self._time = step, now
+        return passed
+
+
+def _peak_memory(device: torch.device) -> int:
+    """The most bytes that the process has held: of tensors on a GPU, else of all of it."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def _postfix(row: dict) -> dict[str, str]:
     shown = {"loss": f"{row['loss']:.3f}"}
     if "discrepancy" in row:
         shown["D"] = f"{row['discrepancy']:.2f}"
-    return {**shown, "img/s": f"{row['images_per_second']:.0f}"}
+    shown["img/s"] = f"{row['images_per_second']:.0f}"
+    shown["attack"] = f"{100 * row['attack_share']:.0f}%"
+    return {**shown, "MB": f"{row['memory_mb']:.0f}"}

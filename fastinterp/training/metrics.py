@@ -1,4 +1,4 @@
-"""metrics.jsonl, TensorBoard when it is installed, and the training curve."""
+"""metrics.jsonl, TensorBoard when it is installed, Weights & Biases, and the training curve."""
 
 from __future__ import annotations
 
@@ -22,15 +22,32 @@ def read_metrics(path: Path) -> list[dict]:
     return rows
 
 
+def import_wandb():
+    """The wandb package.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    try:
+        import wandb
+    except ImportError as error:
+        raise ImportError("logging to wandb needs it: pip install wandb") from error
+    return wandb
+
+
 class MetricsLog:
-    """Appends rows to ``folder/metrics.jsonl`` and to TensorBoard.
+    """Appends rows to ``folder/metrics.jsonl``, to TensorBoard and, if asked, to wandb.
 
     Args:
         folder: of one method in a run.
         after_step: rows of later steps, left by a run that was killed, are dropped.
+        wandb: project of Weights & Biases, or None.
+
+    Raises:
+        ImportError: wandb is asked for and not installed.
     """
 
-    def __init__(self, folder: Path, after_step: int):
+    def __init__(self, folder: Path, after_step: int, wandb: str | None = None):
         self.path = folder / "metrics.jsonl"
         kept = [row for row in read_metrics(self.path) if row["step"] <= after_step]
         text = "".join(json.dumps(row) + "\n" for row in kept)
@@ -42,6 +59,13 @@ class MetricsLog:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(folder / "tensorboard", purge_step=after_step + 1)
+        self._wandb = None
+        if wandb is not None:
+            name = f"{folder.parent.name}/{folder.name}"
+            # An id made of the name, so that a run that goes on is the same run there.
+            self._wandb = import_wandb().init(
+                project=wandb, name=name, id=name.replace("/", "-"), resume="allow", dir=folder
+            )
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -50,6 +74,8 @@ class MetricsLog:
         self._file.close()
         if self._board is not None:
             self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
 
     def write(self, row: dict) -> None:
         self._file.write(json.dumps(row) + "\n")
@@ -58,6 +84,8 @@ class MetricsLog:
             for name, value in row.items():
                 if name != "step":
                     self._board.add_scalar(name, value, row["step"])
+        if self._wandb is not None:
+            self._wandb.log(row, step=row["step"])
 
 
 def plot_curves(run: Path, methods: list[str]) -> Path:

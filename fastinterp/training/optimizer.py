@@ -1,8 +1,13 @@
-"""Adam as the released code has it."""
+"""Optimizers: Adam as the released code has it, and torch's fused ones."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
+from torch import nn
+
+OPTIMIZERS = ("adam", "adamw", "sgd")
 
 
 class EpsilonHatAdam(torch.optim.Adam):
@@ -31,3 +36,29 @@ class EpsilonHatAdam(torch.optim.Adam):
             group["steps"] += 1
             group["eps"] = group["eps_hat"] / (1 - group["betas"][1] ** group["steps"]) ** 0.5
         return super().step(closure)
+
+
+def create_optimizer(
+    name: str, params: Iterable[nn.Parameter], *, lr: float, weight_decay: float, momentum: float
+) -> torch.optim.Optimizer:
+    """One of OPTIMIZERS.
+
+    Args:
+        name: "adam" (EpsilonHatAdam), "adamw" or "sgd".
+        params: parameters to update.
+        lr: of the first step.
+        weight_decay: of adamw, decoupled, and of sgd; only of parameters with two or more
+            dimensions, so not of biases and of norms.
+        momentum: of sgd.
+    """
+    if name == "adam":
+        return EpsilonHatAdam(params, lr=lr)
+    params = list(params)
+    groups = [
+        {"params": [p for p in params if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in params if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, fused=True)
+    return torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=True)

@@ -1,10 +1,13 @@
 """Random numbers of a training run: initialisation, order of the images, random starts.
 
 "paper" replays the released code: numpy's legacy generator seeded anew for the initialisation and
-for the loop, uniform numbers drawn in float64 and in NHWC order. "torch" draws on the device.
+for the loop, uniform numbers drawn in float64 and in NHWC order. "torch" draws on the device. Both
+draw for the batch of all processes together, so that nothing depends on how many there are.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -19,8 +22,11 @@ class PaperRng:
         self.seed = seed
         self._state = np.random.RandomState(seed)
 
-    def initialise(self, model: nn.Module) -> None:
+    def create(self, make: Callable[[], nn.Module]) -> nn.Module:
+        """The network that ``make`` gives, with the weights of this seed."""
+        model = make()
         init_paper(model, np.random.RandomState(self.seed))
+        return model
 
     def permutation(self, n: int) -> torch.Tensor:
         return torch.from_numpy(self._state.permutation(n))
@@ -49,12 +55,11 @@ class TorchRng:
         self._starts: torch.Generator | None = None
         self._pending: torch.Tensor | None = None
 
-    def initialise(self, model: nn.Module) -> None:
+    def create(self, make: Callable[[], nn.Module]) -> nn.Module:
+        """The network that ``make`` gives, with the weights of this seed."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            for module in model.modules():
-                if hasattr(module, "reset_parameters"):
-                    module.reset_parameters()
+            return make()
 
     def permutation(self, n: int) -> torch.Tensor:
         return torch.randperm(n, generator=self._order)

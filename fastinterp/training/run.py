@@ -11,12 +11,14 @@ from pathlib import Path
 import torch
 import yaml
 from tabulate import tabulate
+from torch import nn
 
 from fastinterp._files import is_temporary, write_atomically
 from fastinterp.data import Dataset
 from fastinterp.evaluation import choose_examples, evaluate_pgd
 from fastinterp.training.config import TrainConfig
-from fastinterp.training.loop import StopRequest, Trainer
+from fastinterp.training.distributed import World
+from fastinterp.training.loop import RunOptions, StopRequest, Trainer
 from fastinterp.training.metrics import plot_curves
 
 CONFIG_FILE = "config.yaml"
@@ -81,7 +83,8 @@ def read_config(folder: Path) -> TrainConfig:
     except yaml.YAMLError as error:
         raise ValueError(f"{folder / CONFIG_FILE} is damaged: {error}") from error
     names = {option.name for option in fields(TrainConfig)}
-    if not isinstance(values, dict) or values.keys() != names:
+    # Options that a run of an earlier version does not name have their defaults, as then.
+    if not isinstance(values, dict) or not {"dataset", "model"} <= values.keys() <= names:
         raise ValueError(f"{folder / CONFIG_FILE} is not the configuration of a fastinterp run")
     return TrainConfig(**values)
 
@@ -106,7 +109,8 @@ def execute(
     *,
     resume: bool,
     quiet: bool = False,
-    checkpoint_seconds: float = 10.0,
+    options: RunOptions | None = None,
+    world: World | None = None,
 ) -> list[dict]:
     """Trains every method of the run, evaluates them on the same images and writes the results.
 
@@ -117,22 +121,32 @@ def execute(
         device: where to train.
         resume: continue from the checkpoints in ``folder``.
         quiet: no progress bars.
-        checkpoint_seconds: see Trainer.
+        options: see RunOptions.
+        world: the processes of the job, connected; rank 0 evaluates alone.
 
     Returns:
-        One row per method, as written to ``results.json``.
+        One row per method, and one per average of its weights, as written to ``results.json``; in
+        other processes than rank 0 nothing.
 
     Raises:
-        Interrupted, TrainingDiverged: see Trainer.run.
+        Interrupted, TrainingDiverged, RankFailed: see Trainer.run.
     """
-    index = choose_examples(len(data.test), config.eval_examples, config.seed)
-    results = []
+    options, world = options or RunOptions(), world or World()
+    trained: list[tuple[str, nn.Module, float]] = []
     with StopRequest().listening() as stop:
         for method in config.methods:
-            trainer = Trainer(config, method, data, folder / method, device, checkpoint_seconds)
+            trainer = Trainer(config, method, data, folder / method, device, options, world)
             if resume:
                 trainer.resume()
             model = trainer.run(stop, quiet)
+            trained.append((method, model, trainer.seconds))
+            if trainer.ema is not None:
+                trained.append((f"{method} (ema)", trainer.ema.module, trainer.seconds))
+        if world.rank > 0:
+            return []
+        index = choose_examples(len(data.test), config.eval_examples, config.seed)
+        results = []
+        for name, model, seconds in trained:
             scores = evaluate_pgd(
                 model,
                 data.test,
@@ -142,7 +156,7 @@ def execute(
                 step_size=config.eval_step_size,
                 progress=lambda _: stop.check("evaluating"),
             )
-            results.append({"method": method, **scores, "train_seconds": round(trainer.seconds, 2)})
+            results.append({"method": name, **scores, "train_seconds": round(seconds, 2)})
     text = json.dumps(results, indent=2) + "\n"
     write_atomically(folder / "results.json", lambda temporary: temporary.write_text(text))
     plot_curves(folder, config.methods)
