@@ -106,6 +106,37 @@ def _batch_norm_act(dtype, activation, shape, channels_last, with_residual, trai
     )
 
 
+def _norm_act(dtype, activation, shape, groups, channels_last, with_residual):
+    from fastinterp.triton import norm_act as launch
+
+    x = empty(*shape, dtype=dtype, channels_last=channels_last)
+    acc = _accumulation(dtype)
+    vector, group = empty(shape[1], dtype=acc), empty(shape[0], groups, dtype=acc)
+    residual = x if with_residual else None
+    kind, last = (groups, 1e-5, activation, 1.0), channels_last or len(shape) == 2
+    given, statistics = ((x, residual), (vector, vector)), (group, group)
+    launch.norm_act_forward(*given, *statistics, x, kind, last)
+    results = x, residual, vector, vector, *statistics
+    launch.norm_act_backward(*given, statistics, x, x, results, kind, last)
+    cotangents = x, residual, vector, vector
+    k = x if activation == "gelu" and with_residual else None
+    results = x, x, k, vector, vector
+    launch.norm_act_backward_backward(
+        *given, statistics, statistics, x, cotangents, results, kind, last
+    )
+
+
+# Maps and rows as networks have them: whole groups in a tile or not, several examples or groups
+_GROUPS = (
+    ((32, 64, 28, 28), 32, False),
+    ((32, 64, 28, 28), 32, True),
+    ((16, 256, 56, 56), 32, False),
+    ((5, 48, 7, 7), 1, True),
+    ((6272, 384), 1, False),
+    ((64, 6000), 1, False),
+)
+
+
 def _activation(dtype, kind):
     from fastinterp.triton import activation as launch
 
@@ -191,6 +222,14 @@ def _network_cases():
         case += f"{' residual' * residual}{' eval' * (not training)}"
         arguments = dtype, activation, shape, last, residual, training
         yield case, lambda a=arguments: _batch_norm_act(*a)
+    for dtype, activation, residual in (
+        *((torch.float32, "gelu", True), (torch.bfloat16, "identity", False)),
+        *((torch.bfloat16, "relu", True), (torch.float16, "gelu", False)),
+        (torch.float64, "gelu", True),
+    ):
+        for shape, groups, last in _GROUPS:
+            case = f"{activation} {dtype} {shape} / {groups} {_order(last)}{' residual' * residual}"
+            yield case, lambda a=(dtype, activation, shape, groups, last, residual): _norm_act(*a)
     for dtype, kind in itertools.product(DTYPES, ("softplus", "silu", "gelu")):
         yield f"{kind} {dtype}", lambda a=(dtype, kind): _activation(*a)
     pools = (

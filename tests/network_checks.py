@@ -6,6 +6,7 @@ import test_activation
 import test_batch_norm_act
 import test_cross_entropy
 import test_max_pool2d
+import test_norm_act
 import torch
 import torch.nn.functional as F
 from accuracy_rule import assert_as_accurate
@@ -26,6 +27,18 @@ NORM_SHAPES = [
     ((3, 1, 40, 70), NCHW, False, True),  # several chunks
     ((2, 10, 3, 5), LAST, True, False),
     ((2, 70, 9, 13), LAST, True, True),  # two blocks of lanes, several chunks
+]
+# size, groups or None for a layer norm of the last dimension, layout, residual, affine
+GROUP_CASES = [
+    ((4, 6, 5, 7), 2, NCHW, True, True),  # rows of 35: nothing is aligned
+    ((3, 16, 4, 5), 4, LAST, True, True),  # several groups in a tile
+]
+GROUP_SHAPES = [
+    ((5, 12), 3, NCHW, True, True),
+    ((3, 4, 33), 1, NCHW, True, False),
+    ((3, 24, 5, 3), 1, LAST, True, True),
+    ((35, 24), None, NCHW, True, True),  # several tiles a program
+    ((2, 3, 40), None, NCHW, False, False),
 ]
 LOSS_SIZES = [(7, 10), (70, 24), (3, 5001)]
 
@@ -127,3 +140,10 @@ def check_cross_entropy(size, dtype, smoothing, reduction, device="cpu"):
         assert value.dtype == acc
     for order in orders:
         compare(*order, atol=1e-12, rtol=1e-10)
+
+
+def check_norm_act(case, dtype, activation, device="cpu"):
+    given = on(device, *test_norm_act.inputs(*case, dtype=dtype))
+    value = test_norm_act.assert_all_accurate(case[1], given, activation=activation)
+    if case[1] is not None:
+        assert value[0].stride() == given[0][0].stride()

@@ -14,9 +14,12 @@ import test_activation
 import test_batch_norm_act
 import test_cross_entropy
 import test_max_pool2d
+import test_norm_act
 import torch
 import torch.nn.functional as F
 from network_checks import (
+    GROUP_CASES,
+    GROUP_SHAPES,
     LAST,
     LOSS_SIZES,
     NCHW,
@@ -26,9 +29,16 @@ from network_checks import (
     check_batch_norm_act,
     check_cross_entropy,
     check_max_pool2d,
+    check_norm_act,
 )
 
-from fastinterp.ops import activation, batch_norm_act, cross_entropy, max_pool2d
+from fastinterp.ops import (
+    activation,
+    batch_norm_act,
+    cross_entropy,
+    group_norm_act,
+    max_pool2d,
+)
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -36,9 +46,11 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1; on a GPU run tests/test_gpu.py", allow_module_level=True)
 
 from fastinterp.triton import _channel_tiles
+from fastinterp.triton import norm_act as _group_tiles
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 norm_ops = importlib.import_module("fastinterp.ops.batch_norm_act")
+group_ops = importlib.import_module("fastinterp.ops.norm_act")
 norm_run, norm_plain = test_batch_norm_act.run, test_batch_norm_act.plain
 
 
@@ -162,6 +174,83 @@ def test_batch_norm_act_of_nothing(size):
         assert all(torch.equal(a, b) for a, b in zip(given[1], after, strict=True))
 
 
+@pytest.mark.parametrize("activation", test_norm_act.ACTIVATIONS)
+@pytest.mark.parametrize("case", GROUP_CASES, ids=str)
+def test_norm_act_activations(case, activation):
+    check_norm_act(case, torch.float32, activation)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_norm_act_dtypes(dtype, activation):
+    for case in GROUP_CASES:
+        check_norm_act(case, dtype, activation)
+
+
+@pytest.mark.parametrize("case", GROUP_SHAPES, ids=str)
+def test_norm_act_sizes(case):
+    check_norm_act(case, torch.float32, "silu")
+
+
+@pytest.mark.parametrize("case", [*GROUP_CASES, GROUP_SHAPES[3]], ids=str)
+@pytest.mark.parametrize("programs", [1, 1 << 20])
+def test_norm_act_however_many_programs(monkeypatch, case, programs):
+    """One goes over all examples, or every tile has its own."""
+    monkeypatch.setattr(_group_tiles, "_PROGRAMS", programs)
+    monkeypatch.setattr(_group_tiles, "_LEAST_ROWS", 1)
+    check_norm_act(case, torch.float32, "silu")
+
+
+@pytest.mark.parametrize(
+    ("case", "room"),
+    [
+        (((1, 2, 5, 7), 1, NCHW, True, True), 32),  # a plane is more than a tile
+        (((1, 5, 2, 3), 1, NCHW, True, True), 16),  # some planes
+        (((1, 6, 3, 3), 2, LAST, True, True), 16),  # some pixels of every channel
+        (((1, 6, 2, 2), 2, LAST, True, True), 2),  # some channels of a pixel
+        (((2, 13), None, NCHW, True, True), 8),
+    ],
+    ids=str,
+)
+def test_norm_act_of_groups_larger_than_a_tile(monkeypatch, case, room):
+    monkeypatch.setattr(_group_tiles, "_ROOM", room)
+    check_norm_act(case, torch.float32, "silu")
+
+
+@pytest.mark.parametrize("layout", [NCHW, LAST], ids=["nchw", "channels_last"])
+def test_norm_act_with_a_mean_of_a_thousand_standard_deviations(layout):
+    given = test_norm_act.inputs((3, 8, 5, 7), 2, layout, dtype=torch.float32)
+    given[0][0] += 2e3
+    test_norm_act.assert_all_accurate(2, given, activation="relu")
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+@pytest.mark.parametrize("asked", [(0,), (1,), (2,), (1, 3)], ids=str)
+def test_norm_act_with_some_gradients_only(asked, activation):
+    tensors, gy, cotangents = test_norm_act.inputs((4, 6, 3, 2))
+    results = []
+    for function in (test_norm_act.ours, test_norm_act.plain):
+        given = [t.detach().requires_grad_(i in asked) for i, t in enumerate(tensors)]
+        (upstream,) = test_norm_act.leaves([gy])
+        x, residual, weight, bias = given
+        y = function(x, weight, bias, 2, residual=residual, activation=activation)
+        ends = [given[i] for i in asked]
+        first = torch.autograd.grad(y, ends, upstream, create_graph=True)
+        penalty = sum((g * cotangents[i]).sum() for i, g in zip(asked, first, strict=True))
+        second = torch.autograd.grad(penalty, [upstream, *ends], allow_unused=True)
+        results.append([*first, *test_norm_act.zeros_for_none(second, [upstream, *ends])])
+    for value, exact in zip(*results, strict=True):
+        torch.testing.assert_close(value, exact, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_norm_act_writes_all_of_its_outputs(monkeypatch, activation):
+    make = group_ops._results
+    monkeypatch.setattr(group_ops, "_results", lambda *a: [t.fill_(math.nan) for t in make(*a)])
+    for case in GROUP_CASES:
+        check_norm_act(case, torch.float32, activation)  # which looks for NaN
+
+
 @pytest.mark.parametrize("kind", test_activation.SMOOTH, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [(37, 5), (2, 3, 19, 23)], ids=str)
@@ -249,6 +338,9 @@ def launchers():
     def norm():
         three_orders(batch_norm_act, training=True, activation="silu")
 
+    def group_norm():
+        three_orders(group_norm_act, 3, activation="silu")
+
     def pool():
         three_orders(max_pool2d, 2)
 
@@ -262,6 +354,9 @@ def launchers():
         ("batch_norm_act", "batch_norm_act_forward", norm),
         ("batch_norm_act", "batch_norm_act_backward", norm),
         ("_batch_norm_act_second", "batch_norm_act_backward_backward", norm),
+        ("norm_act", "norm_act_forward", group_norm),
+        ("norm_act", "norm_act_backward", group_norm),
+        ("norm_act", "norm_act_backward_backward", group_norm),
         ("activation", "activation_forward", phi),
         ("activation", "activation_backward", phi),
         ("activation", "activation_backward_backward", phi),

@@ -126,6 +126,11 @@ def addresses(*tensors: torch.Tensor | None) -> list[int]:
     return [0 if t is None or not t.numel() else t.data_ptr() for t in tensors]
 
 
+def or_none(*tensors: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """What a Triton launcher takes: None for the empty tensors that ``addresses`` makes 0."""
+    return tuple(t if t.numel() else None for t in tensors)
+
+
 def _warn(op: str, device: str, dtype: torch.dtype, reasons: dict[str, str]) -> None:
     because = "; ".join(f"{k}: {v}" for k, v in reasons.items()) or "no kernels for this device"
     warnings.warn(

@@ -202,11 +202,6 @@ def _rows(x: torch.Tensor) -> tuple[int, int, bool]:
     return *_mask_rows(x), is_channels_last(x)
 
 
-def _wanted(*tensors: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    """None for the empty tensors that stand for what nobody wants."""
-    return tuple(t if t.numel() else None for t in tensors)
-
-
 def _header(x, kind):
     training, eps, activation, alpha = kind
     return (
@@ -257,7 +252,7 @@ def _forward(x, residual, weight, bias, running_mean, running_var, *kind):
     if backend == "triton":
         from fastinterp.triton.batch_norm_act import batch_norm_act_forward as launch
 
-        given, affine = (x, residual, *_wanted(mask)), (weight, bias, mean, rstd)
+        given, affine = (x, residual, *_backend.or_none(mask)), (weight, bias, mean, rstd)
         launch(given, affine, running_mean, running_var, y, unbiased_var, kind, _rows(x))
         return results
     _native.core.cpu_batch_norm_act_forward(
@@ -287,7 +282,7 @@ def _backward_impl(gy, x, residual, mask, weight, bias, mean, rstd, proxy, adden
         from fastinterp.triton.batch_norm_act import batch_norm_act_backward as launch
 
         given, affine = (x, residual, mask), (weight, bias, mean, rstd)
-        launch(given, affine, gy, addend, *_wanted(*results), kind, _rows(x))
+        launch(given, affine, gy, addend, *_backend.or_none(*results), kind, _rows(x))
         return results
     _native.core.cpu_batch_norm_act_backward(
         _header(x, kind),
@@ -320,9 +315,9 @@ def _backward_backward_impl(
         from fastinterp.triton._batch_norm_act_second import batch_norm_act_backward_backward
 
         given, affine = (x, residual, mask), (weight, bias, mean, rstd)
-        cotangents, first = (v, u, a_weight, a_bias), _wanted(sum_gx, sum_g)
+        cotangents, first = (v, u, a_weight, a_bias), _backend.or_none(sum_gx, sum_g)
         batch_norm_act_backward_backward(
-            given, affine, gy, cotangents, first, *_wanted(*results), kind, _rows(x)
+            given, affine, gy, cotangents, first, *_backend.or_none(*results), kind, _rows(x)
         )
         return results
     _native.core.cpu_batch_norm_act_backward_backward(

@@ -55,7 +55,7 @@ torch.library.define(
     " -> (Tensor ggy, Tensor gx, Tensor gresidual, Tensor gweight, Tensor gbias)",
     tags=torch.Tag.pt2_compliant_tag,
 )
-_backend.KERNELS["norm_act"] = ("cpu",)
+_backend.KERNELS["norm_act"] = ("cpu", "triton")
 
 
 def norm_act(x, residual, weight, bias, groups, eps, activation, alpha) -> torch.Tensor:
@@ -154,8 +154,8 @@ def _second_results(x, acc, need_gy, need_x, need_residual, need_affine):
     return _results(x, acc, 0, (need_gy, need_x, need_residual), (need_affine,) * 2, ())
 
 
-def _runs_in_torch(x) -> bool:
-    return not x.numel() or _backend.choose("norm_act", x) == "reference"
+def _choose(x) -> str:
+    return _backend.choose("norm_act", x) if x.numel() else "reference"
 
 
 @torch.library.impl("fastinterp::norm_act", "CompositeExplicitAutograd")
@@ -164,11 +164,17 @@ def _forward(x, residual, weight, bias, *kind):
     residual = dense_as(residual, x)
     results = _forward_results(x, kind[0])
     y, mean, rstd, _ = results
-    if _runs_in_torch(x):
+    backend = _choose(x)
+    if backend == "reference":
         with torch.autocast(x.device.type, enabled=False):
             filled(results[:-1], reference.forward(x, residual, weight, bias, kind))
         return results
     weight, bias = contiguous(weight, bias)
+    if backend == "triton":
+        from fastinterp.triton.norm_act import norm_act_forward as launch
+
+        launch((x, residual), (weight, bias), mean, rstd, y, kind, is_channels_last(x))
+        return results
     _native.core.cpu_norm_act_forward(
         _header(x, kind), *_backend.addresses(x, residual, weight, bias, mean, rstd, y)
     )
@@ -181,11 +187,18 @@ def _backward_impl(gy, x, residual, weight, bias, mean, rstd, proxy, addend, *op
     x = dense(x)
     gy, residual, addend = (dense_as(t, x) for t in (gy, residual, addend))
     results = _backward_results(x, mean.dtype, kind[0], *need)
-    if _runs_in_torch(x):
+    backend = _choose(x)
+    if backend == "reference":
         with torch.autocast(x.device.type, enabled=False):
             values = reference.backward(gy, x, residual, weight, bias, mean, rstd, addend, kind)
         return filled(results, values)
     weight, bias = contiguous(weight, bias)
+    if backend == "triton":
+        from fastinterp.triton.norm_act import norm_act_backward as launch
+
+        given, wanted = ((x, residual), (weight, bias), (mean, rstd)), _backend.or_none(*results)
+        launch(*given, gy, addend, wanted, kind, is_channels_last(x))
+        return results
     _native.core.cpu_norm_act_backward(
         _header(x, kind),
         *_backend.addresses(x, residual, weight, bias, mean, rstd, gy, addend, *results),
@@ -201,7 +214,8 @@ def _backward_backward_impl(
     x = dense(x)
     v, u, gy, residual = (dense_as(t, x) for t in (v, u, gy, residual))
     results = _second_results(x, mean.dtype, *need)
-    if _runs_in_torch(x):
+    backend = _choose(x)
+    if backend == "reference":
         with torch.autocast(x.device.type, enabled=False):
             values = reference.backward_backward(
                 *(v, u, a_weight, a_bias, gy, x, residual, weight, bias),
@@ -209,6 +223,13 @@ def _backward_backward_impl(
             )
         return filled(results, values)
     a_weight, a_bias, weight, bias = contiguous(a_weight, a_bias, weight, bias)
+    if backend == "triton":
+        from fastinterp.triton.norm_act import norm_act_backward_backward as launch
+
+        given = (x, residual), (weight, bias), (mean, rstd), _backend.or_none(mean_h, mean_hx)
+        cotangents, wanted = (v, u, a_weight, a_bias), _backend.or_none(*results)
+        launch(*given, gy, cotangents, wanted, kind, is_channels_last(x))
+        return results
     _native.core.cpu_norm_act_backward_backward(
         _header(x, kind),
         *_backend.addresses(x, residual, weight, bias, mean, rstd, gy, v, u, a_weight, a_bias),
