@@ -8,53 +8,83 @@ from functools import partial
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from fastinterp._checks import check_attack, check_images, check_labels
 from fastinterp._state import attack_parameters, eval_mode, substituted
 from fastinterp._timing import timed
+from fastinterp.attacks.losses import LOSSES, beaten, loss_function
 from fastinterp.maps import CamNetwork
 from fastinterp.ops.attack_step import attack_step, per_example
 
 
 def random_start(
-    x: torch.Tensor, eps: float, norm: str = "Linf", generator: torch.Generator | None = None
+    x: torch.Tensor,
+    eps: float | torch.Tensor,
+    norm: str = "Linf",
+    generator: torch.Generator | None = None,
 ) -> torch.Tensor:
-    """A random perturbation like x, uniform in the eps box (Linf) or in the eps ball (L2)."""
+    """A random perturbation like x, uniform in the eps box (Linf) or in the eps ball (L2).
+
+    Args:
+        x: (N, ...).
+        eps: radius, a number or a tensor of shape () or (N,).
+        norm: "Linf" or "L2".
+        generator: where random numbers come from, on any device; by default torch's global one.
+    """
+    noise = torch.empty_like(x, device=generator.device if generator else x.device)
+    per_image = isinstance(eps, torch.Tensor)
+    radius = eps.to(x).view(-1, *[1] * (x.dim() - 1)) if per_image else eps
     if norm == "Linf":
-        return torch.empty_like(x).uniform_(-eps, eps, generator=generator)
-    direction = torch.empty_like(x).normal_(generator=generator).flatten(1)
-    direction = F.normalize(direction, dim=1)
-    radius = torch.empty_like(direction[:, :1]).uniform_(generator=generator)
-    return (eps * radius ** (1 / direction.shape[1]) * direction).view_as(x)
+        if per_image:
+            return radius * noise.uniform_(-1, 1, generator=generator).to(x.device)
+        return noise.uniform_(-eps, eps, generator=generator).to(x.device)
+    direction = noise.normal_(generator=generator).flatten(1)
+    direction = nn.functional.normalize(direction, dim=1)
+    share = torch.empty_like(direction[:, :1]).uniform_(generator=generator)
+    inside = share ** (1 / direction.shape[1]) * direction
+    return radius * inside.view_as(x).to(x.device)
 
 
 @timed("attack")
 def maximise(
-    objective: Callable[[torch.Tensor], torch.Tensor],
+    objective: Callable,
     x: torch.Tensor,
     *,
     eps: float | torch.Tensor,
     step_size: float | torch.Tensor,
     steps: int,
+    final_step_size: float | None = None,
     norm: str = "Linf",
     clip: tuple[float, float] | None = (0.0, 1.0),
     start: torch.Tensor | None = None,
     restarts: int = 1,
+    best: bool = False,
+    early_stop: bool = False,
+    generator: torch.Generator | None = None,
 ) -> torch.Tensor:
-    """The last iterate of projected gradient ascent on ``objective`` around x.
+    """Projected gradient ascent on ``objective`` around x, by default its last iterate.
+
+    Of several points each example keeps its worst: one where it is beaten before one where it is
+    not, then the one of the largest value.
 
     Args:
-        objective: maps a perturbed batch to one value per example, (N,); examples must not
-            influence one another.
+        objective: maps a perturbed batch to one value per example, (N,), or to a pair of these and
+            booleans (N,), whether the example is beaten there. Examples must not influence one
+            another. With ``early_stop`` it gives the pair and is called (z, rows), rows int64
+            being the examples that are left in z.
         x: (N, ...), the centre.
         eps, step_size: in units of x; numbers, or tensors of shape () or (N,).
         steps: number of gradient steps.
+        final_step_size: the step size falls linearly to this value; None keeps it.
         norm: "Linf" or "L2", for the step and the projection.
         clip: bounds of valid inputs, or None.
         start: perturbation added before the first step (then clipped); None starts at x.
-        restarts: ascents in all; from the second on they start at a random point of the ball, and
-            each example keeps the iterate whose value is largest.
+        restarts: ascents in all; from the second on they start at a random point of the ball.
+        best: choose among all iterates rather than the last ones, for one more forward pass.
+        early_stop: an example is done as soon as it is beaten and leaves the batch, which on a
+            GPU waits for the device at every step.
+        generator: of the restarts' random numbers; by default torch's global one. The draws do not
+            depend on which examples are left.
 
     Returns:
         (N, ...), detached.
@@ -63,36 +93,96 @@ def maximise(
         raise RuntimeError("an attack needs gradients: call it outside torch.inference_mode()")
     if restarts < 1:
         raise ValueError(f"restarts must be at least 1, got {restarts}")
-    ascend = partial(
-        _ascend, objective, x, eps=eps, step_size=step_size, steps=steps, norm=norm, clip=clip
-    )
-    best = ascend(start=start)
-    if restarts == 1:
-        return best
-    highest = objective(best).detach()
-    for _ in range(restarts - 1):
-        z = ascend(start=random_start(x.detach(), eps, norm))
-        value = objective(z).detach()
-        better = value > highest
-        highest = torch.where(better, value, highest)
-        best = torch.where(better.view(-1, *[1] * (x.dim() - 1)), z, best)
-    return best
-
-
-def _ascend(objective, x, *, eps, step_size, steps, norm, clip, start):
     centre = x.detach()
-    eps, step_size = per_example("eps", eps, centre), per_example("step_size", step_size, centre)
-    z = centre.clone() if start is None else centre + start
+    radii = per_example("eps", eps, centre)
+    sizes = [per_example("step_size", step_size, centre)] * steps
+    if final_step_size is not None:
+        first, last = sizes[0], per_example("final_step_size", final_step_size, centre)
+        sizes = [torch.lerp(first, last, k / max(steps - 1, 1)) for k in range(steps)]
+    worst = _Worst(centre, early_stop) if best or early_stop or restarts > 1 else None
+    ascend = partial(_ascend, objective, centre, radii, sizes, norm, clip, worst, best)
+    z = ascend(start)
+    for _ in range(restarts - 1):
+        again = random_start(centre, eps, norm, generator)
+        if early_stop and worst.beaten.all():
+            break
+        ascend(again)
+    return z if worst is None else worst.x
+
+
+class _Worst:
+    """The worst point seen of each example, and which examples an ascent still has in hand."""
+
+    def __init__(self, x: torch.Tensor, early_stop: bool):
+        self.x, self.early_stop = x.clone(), early_stop
+        self._value = torch.full((len(x),), -torch.inf, dtype=torch.float64, device=x.device)
+        self.beaten = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        self._index = torch.arange(len(x), device=x.device)
+
+    def left(self) -> torch.Tensor | slice:
+        """Rows that an ascent starts with."""
+        return self._index[~self.beaten] if self.early_stop else slice(None)
+
+    def offer(self, rows, z, value, won):
+        value = value.double()
+        won = torch.zeros_like(value, dtype=torch.bool) if won is None else won
+        had, before = self.beaten[rows], self._value[rows]
+        worse = (won & ~had) | ((won == had) & (value > before))
+        self._value[rows] = torch.where(worse, value, before)
+        self.beaten[rows] = had | won
+        self.x[rows] = torch.where(worse.view(-1, *[1] * (z.dim() - 1)), z, self.x[rows])
+
+
+def _ascend(objective, x, eps, sizes, norm, clip, worst, best, start):
+    rows = slice(None) if worst is None else worst.left()
+    early_stop = worst is not None and worst.early_stop
+
+    def of(tensor, which):
+        return tensor[which] if tensor.dim() else tensor
+
+    def evaluate(z):
+        value = objective(z, rows) if early_stop else objective(z)
+        if not isinstance(value, tuple):
+            value = value, None
+        if early_stop and value[1] is None:
+            raise TypeError("early_stop needs an objective that also says who is beaten")
+        return value
+
+    centre, eps = x[rows], of(eps, rows)
+    z = centre.clone() if start is None else centre + start[rows]
     if start is not None and clip is not None:
         z.clamp_(*clip)
-    for _ in range(steps):
+    for step_size in sizes:
         z.requires_grad_(True)
         with torch.enable_grad():
-            (grad,) = torch.autograd.grad(objective(z).sum(), z)
+            value, won = evaluate(z)
+            (grad,) = torch.autograd.grad(value.sum(), z)
         z = z.detach()
+        if best or early_stop:
+            # Without ``best`` only points that beat an example are of interest before the last.
+            worst.offer(
+                rows, z, value.detach() if best else torch.full_like(value, -torch.inf), won
+            )
+        if early_stop:
+            going = ~won
+            z, grad, centre, rows = z[going], grad[going], centre[going], rows[going]
+            eps = of(eps, going)
+            if len(z) == 0:
+                return z
         attack_step(
-            z, grad, centre, eps=eps, step_size=step_size, norm=norm, clip=clip, inplace=True
+            z,
+            grad,
+            centre,
+            eps=eps,
+            step_size=of(step_size, rows),
+            norm=norm,
+            clip=clip,
+            inplace=True,
         )
+    if worst is not None:
+        with torch.enable_grad():
+            value, won = evaluate(z)
+        worst.offer(rows, z, value.detach(), won)
     return z
 
 
@@ -104,15 +194,24 @@ def pgd(
     eps: float,
     step_size: float,
     steps: int,
+    loss: str = "ce",
+    target: torch.Tensor | None = None,
+    final_step_size: float | None = None,
     norm: str = "Linf",
     clip: tuple[float, float] | None = (0.0, 1.0),
+    random_start: bool = False,
     start: torch.Tensor | None = None,
     restarts: int = 1,
+    best: bool = False,
+    early_stop: bool = False,
+    generator: torch.Generator | None = None,
     network: CamNetwork | None = None,
 ) -> torch.Tensor:
-    """Untargeted PGD on the cross-entropy; the last iterate.
+    """Projected gradient descent; by default the paper's, the last iterate from x itself.
 
-    The model is attacked in evaluation mode and is left as it was.
+    The model is attacked in evaluation mode and is left as it was. Of several points (``best``,
+    ``restarts``) each image keeps one that is misclassified (classified as its target) before one
+    that is not, then the one of the largest loss.
 
     Args:
         model: images (N, C, H, W) -> logits (N, K).
@@ -120,10 +219,18 @@ def pgd(
         y: true classes, int64 (N,).
         eps, step_size: in units of x (1/255 is one grey level).
         steps: at least 1.
+        loss: "ce", "margin" or "dlr", see fastinterp.attacks.losses.
+        target: int64 (N,), classes to reach instead of leaving y.
+        final_step_size: the step size falls linearly to this value; None keeps it.
         norm: "Linf" or "L2".
         clip: bounds of valid images, or None.
-        start: perturbation to start from, see random_start; None starts at x as the paper does.
-        restarts: ascents in all, see maximise.
+        random_start: start at a random point of the ball; False starts at x as the paper does.
+        start: perturbation to start from instead.
+        restarts: ascents in all; from the second on they start at a random point.
+        best: choose among all iterates rather than the last ones.
+        early_stop: an image leaves the batch as soon as it is misclassified, and that point is
+            returned.
+        generator: where random numbers come from; by default torch's global one.
         network: the model's CamNetwork, if there is one: a foldable head makes each step cheaper.
 
     Returns:
@@ -133,25 +240,53 @@ def pgd(
         TypeError, ValueError: an argument is out of its range.
 
     Source: Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks" (2018).
+
+    Example, the strong check of a defence:
+        >>> x_adv = pgd(model, x, y, eps=0.3, step_size=0.01, final_step_size=0.002, steps=200,
+        ...             loss="margin", random_start=True, restarts=5, best=True, early_stop=True)
     """
     check_attack(eps, step_size, steps)
     check_images(x, bounds=clip)
+    if loss not in LOSSES:
+        raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
     if len(x) == 0:
         return x.detach().clone()
+    if start is None and random_start:
+        start = _random_start(x.detach(), eps, norm, generator)
+    goal = y if target is None else target
     with attacked(model, network) as logits:
         with torch.no_grad():
-            check_labels(y, len(x), logits(x[:1]).shape[1])
+            classes = logits(x[:1]).shape[1]
+        check_labels(y, len(x), classes)
+        if target is not None:
+            check_labels(target, len(x), classes, "target")
+        raised = loss_function(loss, classes, targeted=target is not None)
+        only_value = not (best or early_stop or restarts > 1)
+
+        def objective(z, rows=slice(None)):
+            f, classes = logits(z), goal[rows]
+            if only_value:
+                return raised(f, y[rows], classes)
+            return raised(f, y[rows], classes), beaten(f, classes, targeted=target is not None)
+
         return maximise(
-            lambda z: F.cross_entropy(logits(z), y, reduction="none"),
+            objective,
             x,
             eps=eps,
             step_size=step_size,
             steps=steps,
+            final_step_size=final_step_size,
             norm=norm,
             clip=clip,
             start=start,
             restarts=restarts,
+            best=best,
+            early_stop=early_stop,
+            generator=generator,
         )
+
+
+_random_start = random_start  # under the name that pgd's argument hides
 
 
 @contextmanager
