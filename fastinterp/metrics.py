@@ -11,6 +11,7 @@ from statistics import NormalDist
 import torch
 from torch.nn import functional as F
 
+from fastinterp import ops
 from fastinterp._checks import check_attack, check_images
 from fastinterp.attacks import maximise, random_start
 
@@ -60,11 +61,7 @@ def kendall_tau(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     Raises:
         TypeError, ValueError: not floating, or shapes differ.
     """
-    from scipy.stats import kendalltau
-
-    pairs = zip(*(rows.cpu().numpy() for rows in _rows(a, b)), strict=True)
-    tau = [kendalltau(row, other).statistic for row, other in pairs]
-    return torch.tensor(tau, dtype=torch.float64, device=a.device)
+    return ops.kendall_tau(*_rows(a, b))
 
 
 def spearman(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The command line: fastinterp train | eval | info."""
+"""The command line: fastinterp train | eval | attack | explain | report | info."""
 
 from __future__ import annotations
 
@@ -9,12 +9,19 @@ from jsonargparse import ArgumentParser
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit status: 0, 1 or 2 for an error, 130 after Ctrl-C."""
+    from fastinterp.cli import attack, explain, info, report, train
     from fastinterp.cli import eval as eval_command
-    from fastinterp.cli import info, train
     from fastinterp.training.distributed import RankFailed, World
 
     argv = sys.argv[1:] if argv is None else argv
-    commands = {"train": train, "eval": eval_command, "info": info}
+    commands = {
+        "train": train,
+        "eval": eval_command,
+        "attack": attack,
+        "explain": explain,
+        "report": report,
+        "info": info,
+    }
     parser = ArgumentParser(prog="fastinterp", description=__doc__)
     subparsers = parser.add_subcommands(dest="command")
     try:

@@ -1,8 +1,8 @@
-"""Accuracy on clean and on attacked images, by the paper's protocol."""
+"""Accuracy on clean and on attacked images."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -33,10 +33,54 @@ def choose_examples(size: int, examples: int, seed: int) -> torch.Tensor:
 
 
 @torch.no_grad()
+def predictions(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Classes, int64 (N,), that ``model``, in evaluation mode, gives the images (N, C, H, W)."""
+    with eval_mode(model):
+        return model(x).argmax(1)
+
+
 def accuracy(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
     """Share of the images (N, C, H, W) that ``model``, in evaluation mode, gives class y (N,)."""
-    with eval_mode(model):
-        return (model(x).argmax(1) == y).double().mean().item()
+    return (predictions(model, x) == y).double().mean().item()
+
+
+def batches(
+    model: nn.Module, split: Split, index: torch.Tensor, batch_size: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Images in [0,1] and labels at ``index``, on the model's device, ``batch_size`` at a time."""
+    device = next(model.parameters()).device
+    for part in index.split(batch_size):
+        x, y = split.batch(part)
+        yield x.to(device), y.to(device)
+
+
+def attacked_batches(
+    model: nn.Module,
+    split: Split,
+    index: torch.Tensor,
+    attack: Callable[..., torch.Tensor],
+    *,
+    batch_size: int = 500,
+    seed: int = 0,
+    progress: Callable[[int], None] = lambda examples: None,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Images, labels and attacked images, batch by batch.
+
+    Args:
+        model: images in [0,1] -> logits.
+        split, index: which images.
+        attack: called as attack(model, x, y, network=..., generator=...) and gives x'; ``network``
+            is the model's CamNetwork or None.
+        batch_size: images attacked at a time.
+        seed: of the generator, which draws on the CPU, so that devices agree.
+        progress: called with the number of images done after each batch.
+    """
+    generator, network = torch.Generator().manual_seed(seed), None
+    for number, (x, y) in enumerate(batches(model, split, index, batch_size)):
+        if number == 0:
+            network = find_cam_network(model, x)
+        yield x, y, attack(model, x, y, network=network, generator=generator)
+        progress(len(x))
 
 
 def evaluate_pgd(
@@ -45,41 +89,45 @@ def evaluate_pgd(
     index: torch.Tensor,
     *,
     eps: list[float],
-    steps: int,
-    step_size: float,
     batch_size: int = 500,
+    seed: int = 0,
     progress: Callable[[int], None] = lambda examples: None,
+    **settings,
 ) -> dict:
-    """Clean accuracy and accuracy under untargeted PGD without random start, last iterate.
+    """Clean accuracy and accuracy under PGD, by default untargeted and without random start.
 
     Args:
         model: images in [0,1] -> logits.
         split, index: which images.
         eps: radii in units of the images; may be empty.
-        steps, step_size: of PGD.
-        batch_size: images attacked at a time; the result does not depend on it but for rounding.
+        batch_size: images attacked at a time; without random numbers the result does not depend on
+            it but for rounding.
+        seed: of random starts.
         progress: called with the number of images done after each batch and radius.
+        settings: of attacks.pgd: steps, step_size, loss, random_start, restarts, ...
 
     Returns:
         {"clean_accuracy": float, "examples": int, "results": [{"eps": float, "accuracy": float}]}
     """
-    device = next(model.parameters()).device
-    correct_clean, correct = 0.0, [0.0] * len(eps)
-    network = None
-    for part in index.split(batch_size):
-        x, y = (t.to(device) for t in split.batch(part))
-        correct_clean += accuracy(model, x, y) * len(part)
-        if network is None:
-            network = find_cam_network(model, x)
-        for i, radius in enumerate(eps):
-            x_adv = pgd(model, x, y, eps=radius, steps=steps, step_size=step_size, network=network)
-            correct[i] += accuracy(model, x_adv, y) * len(part)
-            progress(len(part))
+    clean = sum(
+        (predictions(model, x) == y).sum().item()
+        for x, y in batches(model, split, index, batch_size)
+    )
+    results = []
+    for radius in eps:
+
+        def attack(model, x, y, radius=radius, **context):
+            return pgd(model, x, y, eps=radius, **settings, **context)
+
+        correct = sum(
+            (predictions(model, x_adv) == y).sum().item()
+            for _, y, x_adv in attacked_batches(
+                model, split, index, attack, batch_size=batch_size, seed=seed, progress=progress
+            )
+        )
+        results.append({"eps": radius, "accuracy": correct / len(index)})
     return {
-        "clean_accuracy": correct_clean / len(index),
+        "clean_accuracy": clean / len(index),
         "examples": len(index),
-        "results": [
-            {"eps": radius, "accuracy": value / len(index)}
-            for radius, value in zip(eps, correct, strict=True)
-        ],
+        "results": results,
     }

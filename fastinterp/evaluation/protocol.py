@@ -1,0 +1,120 @@
+"""Which attacks a report runs, and with what settings.
+
+paper   what the paper did, on 200 images, with one random start beside every PGD number
+strong  what a sceptic does: random restarts, three losses, a falling step size, every test image
+
+Both end in the checks that a defence which masks its gradients fails.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from fastinterp.attacks.losses import LOSSES
+
+PROTOCOLS = ("paper", "strong")
+_GREY = 1 / 255
+# eps of the accuracies, that which the networks are trained for, and eps of the interpretability
+# attack.
+_RADII = {
+    "mnist": ((0.05, 0.1, 0.2, 0.3, 0.35, 0.4), 0.3, (0.05, 0.1, 0.2, 0.3)),
+    "cifar10": (
+        tuple(k * _GREY for k in (2, 4, 6, 8, 9, 10)),
+        8 * _GREY,
+        tuple(k * _GREY for k in (2, 4, 6, 8)),
+    ),
+    "restricted-imagenet": ((0.001, 0.002, 0.003, 0.004), 0.003, (0.001, 0.002, 0.003)),
+}
+_RADII["digits"] = _RADII["mnist"]
+# Name, and eps in that attack's own unit.
+_UNFORESEEN = {
+    "fog": 2048.0,
+    "gabor": 400.0,
+    "snow": 2.0,
+    "jpeg_linf": 0.25,
+    "jpeg_l2": 8.0,
+    "jpeg_l1": 256.0,
+}
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Settings of a report; eps and step sizes in units of images in [0,1].
+
+    Attributes:
+        name, dataset: one of PROTOCOLS, one of data.DATASETS.
+        examples, seed: how many test images, the first of a seeded permutation; 0 for all.
+        eps: radii of the accuracies; radius of the sanity checks is ``trained_eps``.
+        steps: PGD is looked at after each of these numbers of steps; the last is the headline.
+        step_size: of PGD.
+        losses, restarts: the strong attack tries every one of ``losses`` from ``restarts`` random
+            points, its step falling from ``strong_step(eps)`` to a fifth; no losses, no strong
+            attack.
+        aai_eps, aai_k, aai_steps: the attack against interpretability; no eps, no attack.
+        isa_examples, isa_rounds, isa_steps: images of the interpretability sneaking attack and of
+            Proposition 1, rounds of each binary search, steps of each attack; 0 images for none.
+        unforeseen: attacks of UAR and their eps, and their number of steps.
+        sanity_examples: images of transfer, unbounded eps and the loss landscape.
+    """
+
+    name: str
+    dataset: str
+    examples: int
+    eps: tuple[float, ...]
+    trained_eps: float
+    seed: int = 99
+    steps: tuple[int, ...] = (1, 10, 100, 200)
+    step_size: float = 0.01
+    losses: tuple[str, ...] = ()
+    restarts: int = 5
+    aai_eps: tuple[float, ...] = ()
+    aai_k: int = 8
+    aai_steps: int = 200
+    isa_examples: int = 0
+    isa_rounds: int = 10
+    isa_steps: int = 200
+    unforeseen: tuple[tuple[str, float], ...] = ()
+    unforeseen_steps: int = 200
+    sanity_examples: int = 200
+
+    def __post_init__(self):
+        for name in ("eps", "aai_eps"):
+            for eps in getattr(self, name):
+                if not 0 < eps < math.inf:
+                    raise ValueError(f"{name} must be finite numbers > 0, got {eps}")
+        if list(self.steps) != sorted(set(self.steps)) or not self.steps or self.steps[0] < 1:
+            raise ValueError(f"steps must be increasing numbers >= 1, got {list(self.steps)}")
+        for name in ("restarts", "aai_k", "aai_steps", "isa_rounds", "isa_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("examples", "isa_examples", "sanity_examples"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+
+    def strong_step(self, eps: float) -> float:
+        """First step size of the strong attack: as the paper's, but never above eps / 4."""
+        return min(self.step_size, eps / 4)
+
+
+def protocol(name: str, dataset: str) -> Protocol:
+    """The settings of one of PROTOCOLS for a data set.
+
+    Raises:
+        ValueError: there is no such protocol.
+    """
+    if name not in PROTOCOLS:
+        raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {name!r}")
+    eps, trained, aai = _RADII[dataset]
+    paper = Protocol(
+        name, dataset, examples=200, eps=eps, trained_eps=trained, aai_eps=aai, isa_examples=100
+    )
+    if name == "strong":
+        return replace(
+            paper,
+            examples=0,
+            losses=tuple(LOSSES),
+            aai_eps=(),
+            isa_examples=0,
+        )
+    return replace(paper, unforeseen=tuple(_UNFORESEEN.items()) if dataset == "cifar10" else ())

@@ -1,0 +1,91 @@
+"""Finished pieces of an evaluation on disk, so that one which was stopped goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fastinterp._files import write_atomically
+
+
+def fingerprint(*tensors: torch.Tensor) -> str:
+    """SHA-256 of the values, types and shapes of tensors, in hex."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """SHA-256 of a model's parameters and buffers with their names, in hex."""
+    digest = hashlib.sha256(type(model).__name__.encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {fingerprint(tensor)}".encode())
+    return digest.hexdigest()
+
+
+class Results:
+    """One JSON file per piece below ``folder``, each written whole or not at all.
+
+    A file holds the settings it was computed with, the result and a checksum of both. One that is
+    damaged, or of other settings, images or weights, is reported and computed again.
+
+    Args:
+        folder: created when the first piece is finished.
+        say: receives what is to be told about files that were not used.
+    """
+
+    def __init__(self, folder: Path, say: Callable[[str], None] = print):
+        self.folder, self.say = folder, say
+
+    def get(self, name: str, settings: dict, compute: Callable[[], dict]) -> dict:
+        """The result of the piece ``name``: the one on disk if it is sound, else ``compute()``.
+
+        Args:
+            name: may hold "/", for sub-folders.
+            settings: everything that the result depends on, as JSON values.
+            compute: gives a dictionary of JSON values.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        path = self.folder / f"{name}.json"
+        # As they will be read back: tuples are lists then.
+        settings = json.loads(json.dumps(settings))
+        known = self._read(path, settings)
+        if known is not None:
+            return known
+        result = json.loads(json.dumps(compute()))
+        document = {"settings": settings, "result": result, "checksum": _checksum(settings, result)}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda temporary: temporary.write_text(json.dumps(document) + "\n"))
+        return result
+
+    def _read(self, path: Path, settings: dict) -> dict | None:
+        if not path.exists():
+            return None
+        try:
+            document = json.loads(path.read_text())
+            then, result = document["settings"], document["result"]
+            if document["checksum"] != _checksum(then, result):
+                raise ValueError("its checksum is another")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            self.say(f"{path} is damaged ({error}): computed again")
+            return None
+        if then == settings:
+            return result
+        changed = sorted(
+            key for key in then.keys() | settings if then.get(key) != settings.get(key)
+        )
+        self.say(f"{path} is of other {', '.join(changed)}: computed again")
+        return None
+
+
+def _checksum(settings: dict, result: dict) -> str:
+    return hashlib.sha256(json.dumps([settings, result], sort_keys=True).encode()).hexdigest()
