@@ -8,9 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from fastinterp.cli import main
+from fastinterp.data import Split
 from fastinterp.evaluation import findings as rules
+from fastinterp.evaluation import measure
 from fastinterp.evaluation.page import Notice, Section, Table, Text, to_html, to_markdown
 from fastinterp.evaluation.pieces import UNBOUNDED
 from fastinterp.evaluation.protocol import protocol
@@ -44,7 +47,7 @@ def bits(correct, examples=200):
 def summary(**changes):
     """Network ``n`` as a sound one, but for ``changes``: values by kind, or (kind, eps)."""
     settings = replace(
-        protocol("paper", "mnist"), eps=(0.3, 0.35), steps=(10, 200), aai_eps=(), isa_examples=0
+        protocol("paper", "mnist"), eps=(0.3, 0.35), steps=(10, 200), aai_eps=(), bound_examples=0
     )
     found = {}
     rising = [0.1 * k for k in range(21)]
@@ -114,6 +117,38 @@ def test_signs_of_masked_gradients_are_warned_of(rule, changes, text):
     warned = [f for f in getattr(rules, rule)(summary(**changes)) if f.warning]
     assert warned and warned[0].text.startswith("n") and text in warned[0].text
     assert not any(f.warning for f in getattr(rules, rule)(summary()))
+
+
+def test_proposition_1_is_checked_point_by_point():
+    tested = summary()
+    tested.found["n", "bound", None] = {
+        "margin": [1.0, 2.0],
+        "discrepancy": [1.0, 2.5],
+        "eps": [0.1, 0.2],
+    }
+    (finding,) = rules.proposition_1(tested)
+    assert not finding.warning and "holds on all 2 images" in finding.text
+    tested.found["n", "bound", None]["discrepancy"][1] = 1.9
+    (finding,) = rules.proposition_1(tested)
+    assert finding.warning and "1 of 2 images lie below" in finding.text
+
+
+def test_least_eps_is_where_the_prediction_turns():
+    """One pixel and two classes, of which the second wins above 0.5."""
+    net = nn.Sequential(
+        nn.Conv2d(1, 2, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 2, bias=False)
+    )
+    with torch.no_grad():
+        net[0].weight.copy_(torch.tensor([0.0, 2.0]).view(2, 1, 1, 1))
+        net[0].bias.copy_(torch.tensor([1.0, 0.0]))
+        net[3].weight.copy_(torch.eye(2))
+    images = torch.tensor([102, 255, 0], dtype=torch.uint8).view(3, 1, 1, 1)
+    split = Split(images, torch.tensor([0, 1, 1]))
+    found = measure.bound(net, split, torch.arange(3), rounds=14, steps=10, seed=0, batch_size=2)
+    assert found["eps"] == pytest.approx([0.1, 0.5], abs=1e-3)  # the last image is wrong at once
+    assert found["margin"] == pytest.approx([0.1, 0.5], abs=1e-6)
+    assert found["discrepancy"] == pytest.approx(found["margin"], abs=1e-2)
+    assert all(d >= m - 1e-6 for d, m in zip(found["discrepancy"], found["margin"], strict=True))
 
 
 def test_worst_of_several_attacks_is_taken_image_by_image():

@@ -45,6 +45,22 @@ def similarity_curves(summary: Summary):
     return figure
 
 
+def bound_scatter(summary: Summary, networks: list[str]):
+    """Two-class discrepancy against half the margin, with Proposition 1's bound: a panel each."""
+    figure, panels = _panels(len(networks))
+    for axis, network in zip(panels, networks, strict=True):
+        points = summary.bound(network)
+        axis.scatter(points["margin"], points["discrepancy"], s=9, alpha=0.6)
+        top = max(points["margin"], default=1.0)
+        axis.plot((0, top), (0, top), "k--", linewidth=1, label="bound")
+        axis.set(title=network, xlabel="(f_t - f_t') / 2 of x")
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+    panels[0].set_ylabel("(d_t + d_t') / 2")
+    panels[0].legend(fontsize=8)
+    return figure
+
+
 def landscapes(summary: Summary):
     """Mean loss from x to x' and to random signs: a panel per network."""
     figure, panels = _panels(len(summary.networks))

@@ -9,6 +9,7 @@ from itertools import pairwise
 from fastinterp.evaluation.pieces import UNBOUNDED
 from fastinterp.evaluation.summary import Summary, show_eps
 
+BOUND_TOLERANCE = 1e-4  # rounding
 MORE_STEPS_TOLERANCE = 0.01  # a last iterate comes and goes on single images
 
 
@@ -22,7 +23,7 @@ class Finding:
 
 def findings(summary: Summary) -> list[Finding]:
     """Where a stronger attack breaks what the weak one did not, and the signs of masking."""
-    checks = (weak_attack, transfer, more_steps, unbounded, landscape)
+    checks = (weak_attack, transfer, more_steps, unbounded, landscape, proposition_1)
     return [finding for check in checks for finding in check(summary)]
 
 
@@ -160,6 +161,28 @@ def landscape(summary: Summary) -> list[Finding]:
     return found or [
         Finding("The loss rises along every attack, and higher than along random signs.", False)
     ]
+
+
+def proposition_1(summary: Summary) -> list[Finding]:
+    """The two-class discrepancy must not be below half the margin: it is a theorem."""
+    found = []
+    for network in summary.networks:
+        points = summary.bound(network)
+        if points is None or not points["margin"]:
+            continue
+        below = sum(
+            d < m - BOUND_TOLERANCE * max(1.0, abs(m))
+            for d, m in zip(points["discrepancy"], points["margin"], strict=True)
+        )
+        count = len(points["margin"])
+        text = (
+            f"{network}: {below} of {count} images lie below Proposition 1's bound, which no "
+            "network with CAM can do: something is computed wrongly."
+            if below
+            else f"{network}: Proposition 1's bound holds on all {count} images that were fooled."
+        )
+        found.append(Finding(text, bool(below)))
+    return found
 
 
 def percent(accuracy) -> str:

@@ -15,12 +15,13 @@ from torch.nn import functional as F
 
 from fastinterp import metrics
 from fastinterp._state import eval_mode
-from fastinterp.attacks import maximise, pgd, random_start
+from fastinterp.attacks import attacked, margin, maximise, pgd, random_start
 from fastinterp.data import Split
-from fastinterp.discrepancy import class_maps
+from fastinterp.discrepancy import class_maps, class_weights, map_distance
 from fastinterp.evaluation.accuracy import attacked_batches, batches, predictions
 from fastinterp.maps import cam
 
+FIRST_EPS = 0.05  # of the search for the least successful one
 LANDSCAPE = tuple(k / 20 for k in range(21))  # points between x and x'
 
 
@@ -166,6 +167,67 @@ def aai(
     same = bits(torch.cat(found.pop("same")))
     numbers = {name: _numbers(torch.cat(parts)) for name, parts in found.items()}
     return {"same": same, **numbers, "seconds": time.perf_counter() - began}
+
+
+def bound(
+    model: nn.Module,
+    split: Split,
+    index: torch.Tensor,
+    *,
+    rounds: int,
+    steps: int,
+    seed: int,
+    batch_size: int,
+) -> dict:
+    """Proposition 1 at the least eps, found by bisection, at which PGD on the margin succeeds.
+
+    With maps that add up to their logits (CAM / (h w)) and x' classified t',
+    (d_t + d_t') / 2 >= (f_t(x) - f_t'(x)) / 2. Images that are wrong from the start, and those that
+    no eps up to 1 changes, are left out.
+
+    Returns:
+        {"margin": right side, "discrepancy": left side, "eps": radius}, a number per image.
+
+    Source: Boopathy et al. (ICML 2020), Proposition 1.
+    """
+    found = {"margin": [], "discrepancy": [], "eps": []}
+
+    def attack(model, x, y, network, generator):
+        eps = torch.full((len(x),), FIRST_EPS, device=x.device)
+        low, high = torch.zeros_like(eps), torch.full_like(eps, torch.inf)
+        least = x.clone()
+        with attacked(model, network) as logits:
+            for _ in range(rounds):
+                z = maximise(
+                    lambda z: margin(logits(z), y),
+                    x,
+                    eps=eps,
+                    step_size=2.5 * eps / steps,
+                    steps=steps,
+                )
+                with torch.no_grad():
+                    won = logits(z).argmax(1) != y
+                least = torch.where(won[:, None, None, None], z, least)
+                low, high = torch.where(won, low, eps), torch.where(won, eps, high)
+                eps = torch.where(high.isfinite(), (low + high) / 2, 2 * eps).clamp(max=1)
+        found["eps"].append(high)
+        return least
+
+    for x, y, x_adv in attacked_batches(
+        model, split, index, attack, batch_size=batch_size, seed=seed
+    ):
+        with eval_mode(model), torch.no_grad():
+            maps, logits = cam(model, x, return_logits=True)
+            maps_adv, logits_adv = cam(model, x_adv, return_logits=True)
+        distance = map_distance(maps, maps_adv, normalize="pixels")
+        weights = class_weights("two", logits_adv, y)
+        reached = logits_adv.argmax(1, keepdim=True)
+        margins = (logits.gather(1, y[:, None]) - logits.gather(1, reached))[:, 0] / 2
+        counted = (logits.argmax(1) == y) & (reached[:, 0] != y)
+        found["margin"].append(margins[counted])
+        found["discrepancy"].append((weights * distance).sum(1)[counted])
+        found["eps"][-1] = found["eps"][-1][counted]
+    return {name: torch.cat(parts).tolist() for name, parts in found.items()}
 
 
 def _numbers(values: torch.Tensor) -> list[float | None]:

@@ -156,6 +156,13 @@ def plan(
                 return measure.aai(network.model, split, where, **now, **seeded)
 
             yield piece(network, "aai", eps, aai, now)
+        if protocol.bound_examples:
+            now = dict(rounds=protocol.bound_rounds, steps=protocol.bound_steps)
+
+            def bound(network, where, now=now):
+                return measure.bound(network.model, split, where, **now, **seeded)
+
+            yield piece(network, "bound", None, bound, now, index[: protocol.bound_examples])
     for network in networks:
         now = dict(eps=trained, step_size=protocol.step_size, steps=last, random_start=True)
         others = [other for other in networks if other is not network]

@@ -27,15 +27,6 @@ _RADII = {
     "restricted-imagenet": ((0.001, 0.002, 0.003, 0.004), 0.003, (0.001, 0.002, 0.003)),
 }
 _RADII["digits"] = _RADII["mnist"]
-# Name, and eps in that attack's own unit.
-_UNFORESEEN = {
-    "fog": 2048.0,
-    "gabor": 400.0,
-    "snow": 2.0,
-    "jpeg_linf": 0.25,
-    "jpeg_l2": 8.0,
-    "jpeg_l1": 256.0,
-}
 
 
 @dataclass(frozen=True)
@@ -52,9 +43,8 @@ class Protocol:
             points, its step falling from ``strong_step(eps)`` to a fifth; no losses, no strong
             attack.
         aai_eps, aai_k, aai_steps: the attack against interpretability; no eps, no attack.
-        isa_examples, isa_rounds, isa_steps: images of the interpretability sneaking attack and of
-            Proposition 1, rounds of each binary search, steps of each attack; 0 images for none.
-        unforeseen: attacks of UAR and their eps, and their number of steps.
+        bound_examples, bound_rounds, bound_steps: images of Proposition 1, rounds of the binary
+            search for the least successful eps, steps of the attack in each; 0 images for none.
         sanity_examples: images of transfer, unbounded eps and the loss landscape.
     """
 
@@ -71,11 +61,9 @@ class Protocol:
     aai_eps: tuple[float, ...] = ()
     aai_k: int = 8
     aai_steps: int = 200
-    isa_examples: int = 0
-    isa_rounds: int = 10
-    isa_steps: int = 200
-    unforeseen: tuple[tuple[str, float], ...] = ()
-    unforeseen_steps: int = 200
+    bound_examples: int = 0
+    bound_rounds: int = 10
+    bound_steps: int = 40
     sanity_examples: int = 200
 
     def __post_init__(self):
@@ -85,10 +73,10 @@ class Protocol:
                     raise ValueError(f"{name} must be finite numbers > 0, got {eps}")
         if list(self.steps) != sorted(set(self.steps)) or not self.steps or self.steps[0] < 1:
             raise ValueError(f"steps must be increasing numbers >= 1, got {list(self.steps)}")
-        for name in ("restarts", "aai_k", "aai_steps", "isa_rounds", "isa_steps"):
+        for name in ("restarts", "aai_k", "aai_steps", "bound_rounds", "bound_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("examples", "isa_examples", "sanity_examples"):
+        for name in ("examples", "bound_examples", "sanity_examples"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
 
@@ -107,7 +95,7 @@ def protocol(name: str, dataset: str) -> Protocol:
         raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {name!r}")
     eps, trained, aai = _RADII[dataset]
     paper = Protocol(
-        name, dataset, examples=200, eps=eps, trained_eps=trained, aai_eps=aai, isa_examples=100
+        name, dataset, examples=200, eps=eps, trained_eps=trained, aai_eps=aai, bound_examples=100
     )
     if name == "strong":
         return replace(
@@ -115,6 +103,6 @@ def protocol(name: str, dataset: str) -> Protocol:
             examples=0,
             losses=tuple(LOSSES),
             aai_eps=(),
-            isa_examples=0,
+            bound_examples=0,
         )
-    return replace(paper, unforeseen=tuple(_UNFORESEEN.items()) if dataset == "cifar10" else ())
+    return paper

@@ -19,6 +19,7 @@ from fastinterp.evaluation.pieces import UNBOUNDED, Network
 from fastinterp.evaluation.summary import SIMILARITIES, Accuracy, Row, Summary, show_eps
 from fastinterp.maps import find_cam_network
 
+STATISTICS = (statistics.median, min)
 DRAWN = 3  # images of the heat-map figure
 
 
@@ -53,6 +54,7 @@ def sections(
         Section("Findings", [Notice(f.text, f.warning) for f in findings(summary)]),
         _accuracy(summary),
         _similarity(summary),
+        _bound(summary),
         _heat_maps(summary, networks, data),
         _sanity(summary),
         _training(runs),
@@ -150,6 +152,31 @@ def _similarity(summary: Summary) -> Section:
     caption = "Kendall's tau between the clean and the attacked map of the true class."
     curves = Picture(figures.similarity_curves(summary), caption)
     return Section("Interpretation under attack", [text, tables[0], curves, *tables[1:]])
+
+
+def _bound(summary: Summary) -> Section:
+    shown = [name for name in summary.networks if summary.bound(name) is not None]
+    if not shown:
+        return Section("Proposition 1", [])
+    rows = []
+    for name in shown:
+        points = summary.bound(name)
+        ratios = [
+            d / m for d, m in zip(points["discrepancy"], points["margin"], strict=True) if m > 0
+        ]
+        rows.append([name, str(len(ratios))])
+        rows[-1] += [
+            f"{f(v):.3g}" if v else "" for v in (points["eps"], ratios) for f in STATISTICS
+        ]
+    head = ["network", "images", "eps, median", "eps, least", "ratio, median", "ratio, least"]
+    caption = (
+        "Two-class discrepancy of CAM / (h w) against half the margin of the clean image, at the "
+        "least eps that fools the network. No point can lie below the dashed line."
+    )
+    table = Table("Discrepancy by half margin at the least successful eps", head, rows)
+    return Section(
+        "Proposition 1", [table, Picture(figures.bound_scatter(summary, shown), caption)]
+    )
 
 
 def _mean(similarity: tuple[float, int]) -> tuple[str, str]:

@@ -124,6 +124,10 @@ class Summary:
             if any((name, "aai", e) in self.found for e in self.protocol.aai_eps)
         ]
 
+    def bound(self, network: str) -> dict[str, list[float]] | None:
+        """Proposition 1's two sides, see measure.bound; None where it was not looked at."""
+        return self.found.get((network, "bound", None))
+
     def transfer(self, source: str, target: str) -> Accuracy:
         """Of ``target`` on images that were crafted on ``source``."""
         piece = self.found[source, "transfer", self.protocol.trained_eps]

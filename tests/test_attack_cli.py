@@ -1,0 +1,85 @@
+"""fastinterp attack: what it writes is what it says."""
+
+import csv
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+
+from fastinterp.cli import main
+from fastinterp.data import load_dataset
+from fastinterp.evaluation import choose_examples
+from fastinterp.models import create_model
+
+OPTIONS = "--dataset digits --examples 7 --steps 3 --eps 0.1 --device cpu --out out".split()
+
+
+@pytest.fixture
+def net(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    net = create_model("small", 1, 10)
+    save_file(net.state_dict(), "net.safetensors")
+    return net
+
+
+@pytest.mark.parametrize("extra", ["", "--random-start --restarts 2 --loss margin --early-stop"])
+def test_images_and_table(net, tmp_path, extra):
+    assert main(["attack", "net.safetensors", *OPTIONS, *extra.split(), "--batch-size", "3"]) == 0
+    written = load_file(tmp_path / "out" / "adversarial.safetensors")
+    index = choose_examples(360, 7, 99)
+    x, y = load_dataset("digits").test.batch(index)
+    x_adv = written["images"]
+    assert torch.equal(written["index"], index) and torch.equal(written["labels"], y)
+    assert x_adv.shape == x.shape and x_adv.min() >= 0 and x_adv.max() <= 1
+    assert 0 < (x_adv - x).abs().max() <= 0.1 + 1e-6
+    with safe_open(tmp_path / "out" / "adversarial.safetensors", "pt") as file:
+        assert file.metadata()["eps"] == "0.1" and file.metadata()["dataset"] == "digits"
+    with (tmp_path / "out" / "examples.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["index"]) for row in rows] == index.tolist()
+    with torch.no_grad():
+        logits, logits_adv = net(x), net(x_adv)
+    for name, f in (("clean", logits), ("adversarial", logits_adv)):
+        assert [int(row[f"{name}_prediction"]) for row in rows] == f.argmax(1).tolist()
+        losses = [float(row[f"{name}_loss"]) for row in rows]
+        expected = F.cross_entropy(f, y, reduction="none").tolist()
+        assert losses == pytest.approx(expected, rel=1e-4)
+    sizes = [float(row["linf"]) for row in rows]
+    assert sizes == pytest.approx((x_adv - x).abs().flatten(1).amax(1).tolist(), rel=1e-4)
+
+
+def test_seed_decides_the_random_start(net, tmp_path):
+    seen = []
+    for out, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        options = [*OPTIONS[:-1], out, "--examples", "0", "--random-start", "--steps", "1"]
+        assert main(["attack", "net.safetensors", *options, "--seed", seed]) == 0
+        seen.append(load_file(tmp_path / out / "adversarial.safetensors")["images"])
+    assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[0], seen[2])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--eps -1", "eps must be a finite number >= 0, got -1.0"),
+        ("--norm L1", "--norm must be one of Linf, L2, got 'L1'"),
+        ("--loss mse", "--loss must be one of ce, margin, dlr, got 'mse'"),
+        ("--restarts 0", "--restarts must be at least 1, got 0"),
+        ("--final-step-size 0", "--final-step-size must be > 0, got 0"),
+        ("--examples 400", "examples must be between 0 (all) and 360, got 400"),
+        ("--out a-file", "--out a-file: the folder cannot be made"),
+    ],
+)
+def test_bad_input(net, tmp_path, capsys, options, message):
+    (tmp_path / "a-file").write_text("precious")
+    assert main(["attack", "net.safetensors", *OPTIONS, *options.split()]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("fastinterp: error: ") and message in error
+    assert not list((tmp_path).glob("out/*")) and (tmp_path / "a-file").read_text() == "precious"
+
+
+def test_eval_takes_the_same_options(net, capsys):
+    command = "--dataset digits --examples 9 --steps 2 --random-start --loss dlr --norm L2".split()
+    assert main(["eval", "net.safetensors", *command, "--device", "cpu"]) == 0
+    assert "PGD 0.3" in capsys.readouterr().out
