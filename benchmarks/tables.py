@@ -1,7 +1,8 @@
 """Tables and a plot from a CSV: python -m benchmarks.tables [--csv FILE] [--plot FILE.png]
 
-Of several rows for one case and side the newest counts. README.md gets one line for each whole step
-and network, benchmarks/README.md every side of the steps beside its floor, and the single ops.
+Of several rows for one case and side on one machine the newest counts. README.md gets one line for
+each whole step and network, benchmarks/README.md every side of the steps beside its floor, and the
+single ops.
 """
 
 from __future__ import annotations
@@ -24,10 +25,14 @@ NETWORKS = ("train_step", "fuse")  # benchmarks of whole networks beside eager
 Newest = dict[tuple[str, str, str], dict[str, str]]  # (benchmark, case, side) -> row
 
 
-def read(path: Path) -> Newest:
-    """The newest row of each side of each case, in the file's order."""
+def read(path: Path) -> list[Newest]:
+    """For each machine the newest row of each side of each case, in the file's order."""
+    machines: dict[tuple[str, str], Newest] = {}
     with path.open(newline="") as file:
-        return {(r["benchmark"], r["case"], r["side"]): r for r in csv.DictReader(file)}
+        for row in csv.DictReader(file):
+            newest = machines.setdefault((row["device"], row["threads"]), {})
+            newest[row["benchmark"], row["case"], row["side"]] = row
+    return list(machines.values())
 
 
 def _render(head: list[str], rows: list[list[str]]) -> str:
@@ -37,7 +42,7 @@ def _render(head: list[str], rows: list[list[str]]) -> str:
 
 
 def _where(newest: Newest) -> str:
-    """The machines and versions that the rows come from."""
+    """The machine and the versions that the rows come from."""
     seen = dict.fromkeys(
         f"{row['device']}, {row['threads']} threads, torch {row['torch']}"
         for row in newest.values()
@@ -49,14 +54,19 @@ def _pick(newest: Newest, benchmarks: tuple[str, ...], without: bool = False) ->
     return {key: row for key, row in newest.items() if (key[0] in benchmarks) != without}
 
 
-def beside_eager(newest: Newest) -> str:
-    """One line for each side of what was timed beside eager."""
+def beside_peers(newest: Newest) -> str:
+    """One line for each side but eager, or where that was not timed another peer, beside it."""
+    peers = {}
+    for benchmark, case, side in newest:
+        if side != OURS and peers.get((benchmark, case)) != EAGER:
+            peers[benchmark, case] = side
     rows = []
     for (benchmark, case, side), row in newest.items():
-        if side != EAGER and row["ms_p50"]:
-            eager = newest[benchmark, case, EAGER]["ms_p50"]
-            rows.append([benchmark, case, side, row["ms_p50"], eager, f"{row['ratio']}x"])
-    return _render(["benchmark", "case", "side", "ms", "eager ms", "speed-up"], rows)
+        peer = peers.get((benchmark, case))
+        if peer is not None and side != peer and row["ms_p50"]:
+            theirs = newest[benchmark, case, peer]["ms_p50"]
+            rows.append([benchmark, case, side, row["ms_p50"], peer, theirs, f"{row['ratio']}x"])
+    return _render(["benchmark", "case", "side", "ms", "beside", "ms", "speed-up"], rows)
 
 
 def _by_case(newest: Newest) -> dict[str, dict[str, dict[str, str]]]:
@@ -178,22 +188,34 @@ def replace(page: Path, text: str) -> None:
     page.write_text(before + BEGIN + text + END + after)
 
 
+def _paragraphs(newest: Newest, *tables: str) -> str:
+    tables = [table for table in tables if table]
+    return "\n".join([_where(newest), *tables]) if tables else ""
+
+
+def short(newest: Newest) -> str:
+    """What README.md gets of one machine; nothing where no whole network was timed."""
+    return _paragraphs(newest, steps(newest), beside_peers(_pick(newest, NETWORKS)))
+
+
+def long(newest: Newest) -> str:
+    """What benchmarks/README.md gets of one machine."""
+    ops = beside_peers(_pick(newest, (STEP, *NETWORKS), without=True))
+    return _paragraphs(newest, floors(newest), ops)
+
+
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--csv", type=Path, default=RESULTS / "cpu.csv")
     parser.add_argument("--plot", type=Path, help="also draw the whole steps here")
     arguments = parser.parse_args(argv)
-    newest = read(arguments.csv)
-    if not newest:
+    machines = read(arguments.csv)
+    if not machines:
         parser.error(f"{arguments.csv} has no rows")
-    where, whole = _where(newest), _pick(newest, (STEP,))
-    if whole and arguments.plot:
-        plot(newest, arguments.plot)
-    ops = beside_eager(_pick(newest, (STEP, *NETWORKS), without=True))
-    short = [where, steps(newest), beside_eager(_pick(newest, NETWORKS))]
-    long = [where, floors(newest) if whole else "No whole step is recorded yet.\n", ops]
-    replace(HERE.parent / "README.md", "\n".join(filter(None, short)))
-    replace(HERE / "README.md", "\n".join(filter(None, long)))
+    if arguments.plot:
+        plot({key: row for newest in machines for key, row in newest.items()}, arguments.plot)
+    replace(HERE.parent / "README.md", "\n".join(map(short, machines)))
+    replace(HERE / "README.md", "\n".join(map(long, machines)))
     return 0
 
 

@@ -226,10 +226,10 @@ def cells(table, start):
 
 
 def test_tables(results):
-    newest = tables.read(results)
+    (newest,) = tables.read(results)
     assert cells(tables.steps(newest), f"| {CASE}") == [CASE, "10", "2.00x", "4.00x", "WRONG"]
-    line = cells(tables.beside_eager(newest), "| op")
-    assert line == ["op", "a", "fastinterp", "1", "2", "2.00x"]
+    line = cells(tables.beside_peers(newest), "| op")
+    assert line == ["op", "a", "fastinterp", "1", "eager", "2", "2.00x"]
     full = [line for line in tables.floors(newest).splitlines() if CASE in line]
     assert len(full) == 4
     ours = cells(tables.floors(newest), f"| {CASE} | fastinterp  ")
