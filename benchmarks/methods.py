@@ -2,13 +2,17 @@
 
     loss(method, net, x, y, start, **settings)     the table of fastinterp/objectives.py
 
-``net`` has ``features`` (last feature maps) and ``head`` behind global average pooling. The clean
-pass is made once, the attack runs in evaluation mode and wants no parameter gradients.
+``net`` has ``features`` (last feature maps) and ``head`` behind global average pooling. The attack
+and integrated gradients run in evaluation mode; of the passes in training mode the one whose
+cross-entropy is minimised moves the running statistics. The attack wants no parameter gradients.
 """
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 IG_POINTS = 5
@@ -18,6 +22,27 @@ def run(net, z):
     """Last feature maps and logits of one forward pass."""
     features = net.features(z)
     return features, net.head(features.mean((2, 3)))
+
+
+@contextlib.contextmanager
+def evaluation(net):
+    training = [module for module in net.modules() if module.training]
+    net.eval()
+    yield
+    for module in training:
+        module.training = True
+
+
+@contextlib.contextmanager
+def still(net):
+    """Running statistics are put aside: passes inside move copies of them."""
+    norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+    saved = [dict(m._buffers) for m in norms]
+    for m in norms:
+        m._buffers = {name: b.clone() for name, b in m._buffers.items()}
+    yield
+    for m, buffers in zip(norms, saved, strict=True):
+        m._buffers = buffers
 
 
 def _ce(logits, y):
@@ -78,22 +103,21 @@ _MAXIMISED["int-adv"] = _int_adv
 
 def attack(method, net, x, y, start, eps, step_size, steps, weights):
     """x', found by sign steps from x + start."""
-    maximised, training = _MAXIMISED[method], net.training
+    maximised = _MAXIMISED[method]
     parameters = [p for p in net.parameters() if p.requires_grad]
-    net.eval()
     for p in parameters:
         p.requires_grad_(False)
-    with torch.no_grad():
-        clean = run(net, x)
-    z = (x + start).clamp(0, 1)
-    for _ in range(steps):
-        z.requires_grad_()
-        (grad,) = torch.autograd.grad(maximised(net, x, z, y, clean, weights).sum(), z)
-        z = z.detach() + step_size * grad.sign()
-        z = torch.clamp(z, x - eps, x + eps).clamp_(0, 1)
+    with evaluation(net):
+        with torch.no_grad():
+            clean = run(net, x)
+        z = (x + start).clamp(0, 1)
+        for _ in range(steps):
+            z.requires_grad_()
+            (grad,) = torch.autograd.grad(maximised(net, x, z, y, clean, weights).sum(), z)
+            z = z.detach() + step_size * grad.sign()
+            z = torch.clamp(z, x - eps, x + eps).clamp_(0, 1)
     for p in parameters:
         p.requires_grad_(True)
-    net.train(training)
     return z
 
 
@@ -106,10 +130,15 @@ def loss(method, net, x, y, start, *, eps, step_size, steps, gamma=0.01, beta=1.
     if method == "adv":
         return F.cross_entropy(net(z), y)
     if method.startswith("ig-norm"):
-        ce = F.cross_entropy(net(z if method == "ig-norm-sum" else x), y)
-        return ce + ig_weight * _ig(net, x, z, y).mean()
-    clean, moved = run(net, x), run(net, z)
-    ce = F.cross_entropy((moved if method.endswith("-adv") else clean)[1], y)
+        with still(net), evaluation(net):
+            ig = _ig(net, x, z, y).mean()
+        return F.cross_entropy(net(z if method == "ig-norm-sum" else x), y) + ig_weight * ig
+    adversarial = method.endswith("-adv")
+    with still(net) if adversarial else contextlib.nullcontext():
+        clean = run(net, x)
+    with contextlib.nullcontext() if adversarial else still(net):
+        moved = run(net, z)
+    ce = F.cross_entropy((moved if adversarial else clean)[1], y)
     if method == "trades":
         return ce + beta * _kl(clean, moved).mean()
     distance = _one_class if method == "int-one-class" else _weighted

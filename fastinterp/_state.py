@@ -1,9 +1,14 @@
-"""Ways to borrow somebody's model and give it back as it was, also after an exception."""
+"""Ways to borrow somebody's model and give it back as it was, also after an exception.
+
+One rule for everything that runs a model more than once: the pass whose logits the caller gets with
+their graph counts as model(x), so running statistics (and random numbers) move as they do there;
+every other pass is ``uncounted`` and leaves the model as it was.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import nn
@@ -77,6 +82,38 @@ def attack_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
     return parameters
 
 
-def cloned_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of the buffers, for a forward pass that must not move running statistics."""
-    return {name: b.clone() for name, b in model.named_buffers(remove_duplicate=False)}
+@contextmanager
+def uncounted(model: nn.Module) -> Iterator[Callable[[], AbstractContextManager]]:
+    """Inside, the model runs on copies of its buffers, and running statistics do not move.
+
+    Gives a function ``counted``: inside ``with counted():`` the buffers are the model's own, for
+    the pass that is to move them; no pass before it has.
+    """
+    places = [
+        (module._buffers, name)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+
+    def swap(buffers):
+        held = [table[name] for table, name in places]
+        for (table, name), buffer in zip(places, buffers, strict=True):
+            table[name] = buffer
+        return held
+
+    @contextmanager
+    def counted():
+        nonlocal own
+        copies = swap(own)
+        try:
+            yield
+        finally:
+            own = swap(copies)  # a forward may have put others in their places
+
+    shared = {id(table[name]): table[name].clone() for table, name in places}
+    own = swap([shared[id(table[name])] for table, name in places])
+    try:
+        yield counted
+    finally:
+        swap(own)

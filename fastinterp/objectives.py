@@ -12,6 +12,12 @@
     ig-norm        CE(x) + lambda ||IG||_1   ||IG||_1, IG of the loss along the path x -> x'
     ig-norm-sum    CE(x') + lambda ||IG||_1  the same sum
 
+The maximisation, and IG, whose points would change one another's gradients in a batch of their
+own, run the model in evaluation mode with running statistics as they were before the batch; the
+maximisation wants no gradients of parameters. Everything else runs in the model's own mode, x and
+x' as two batches. Running statistics move exactly once a step, with the pass whose cross-entropy
+is minimised: as in model(x), or as in model(x') for adv, int-adv, int2-adv and ig-norm-sum.
+
 Source: Boopathy et al. (ICML 2020); adv: Madry et al. (2018); trades: Zhang et al. (2019); ig-norm:
 Chen et al., "Robust Attribution Regularization" (2019).
 """
@@ -25,7 +31,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fastinterp._state import attack_parameters, cloned_buffers, eval_mode, substituted
+from fastinterp._state import uncounted
 from fastinterp.attacks import attacked, maximise, pgd
 from fastinterp.fusion import fuse
 from fastinterp.maps import CamNetwork, find_cam_network
@@ -135,7 +141,9 @@ class Trades(Objective):
                 start=start,
                 **self._attack,
             )
-        logits, log_p_adv = self.model(x), self.model(x_adv).log_softmax(1)
+        logits = self.model(x)
+        with uncounted(self.model):
+            log_p_adv = self.model(x_adv).log_softmax(1)
         ce, kl = self._ce(logits, y), _kl(logits.log_softmax(1), log_p_adv).mean()
         return ce + self.beta * kl, {"ce": ce.detach(), "kl": kl.detach()}
 
@@ -179,6 +187,7 @@ class Int(Objective):
             eps=eps,
             start=start,
             return_aux=True,
+            counts="x_adv" if self.adversarial else "x",
             validate=False,
             network=self._network,
         )
@@ -209,11 +218,10 @@ class IgNorm(Objective):
                 return penalty(z)
             return F.cross_entropy(model(z), y, reduction="none") + penalty(z)
 
-        tensors = {**cloned_buffers(model), **attack_parameters(model)}
-        with substituted(model, tensors), eval_mode(model):
+        with attacked(model, self._found_network(x)):
             x_adv = maximise(raised, x, eps=eps, start=start, **self._attack)
+        norm = penalty(x_adv).mean()  # first, with the statistics that the maximisation had
         ce = self._ce(model(x_adv if self.adversarial else x), y)
-        norm = penalty(x_adv).mean()
         return ce + norm, {"ce": ce.detach(), "ig_norm": norm.detach()}
 
 

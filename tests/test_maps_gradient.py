@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from map_networks import (
@@ -11,7 +13,13 @@ from torch import nn
 from torch.nn import functional as F
 
 import fastinterp as fi
-from fastinterp.maps import gradient_x_input, input_gradient
+from fastinterp.maps import (
+    cam,
+    grad_cam,
+    grad_cam_plus_plus,
+    gradient_x_input,
+    input_gradient,
+)
 
 TARGETS = {
     "class": 2,
@@ -111,6 +119,28 @@ def test_logits_share_the_graph():
     assert_gradients_close(parameter_gradients(loss, net), parameter_gradients(expected, net))
     value, logits = input_gradient(net, x, 1, return_logits=True, detach=True)
     assert not value.requires_grad and not logits.requires_grad
+
+
+@pytest.mark.parametrize(
+    "kind", [cam, grad_cam, grad_cam_plus_plus, input_gradient, gradient_x_input]
+)
+def test_the_pass_whose_logits_are_returned_counts(kind):
+    """As model(x): running statistics move once, and the next step drops other units."""
+    net, x = ReluNet().double(), images()
+    net.features.insert(3, nn.Dropout(0.3))
+    plain = copy.deepcopy(net)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        _, logits = kind(net, x, 1, return_logits=True)
+        drawn = torch.rand(1)
+        torch.manual_seed(seed)
+        torch.testing.assert_close(logits, plain(x))
+        assert drawn == torch.rand(1)
+        torch.testing.assert_close(dict(net.named_buffers()), dict(plain.named_buffers()))
+    before = copy.deepcopy(net.state_dict()), torch.get_rng_state()
+    kind(net, x, 1)
+    kind(net, x, 1, detach=True, return_logits=True)
+    torch.testing.assert_close((net.state_dict(), torch.get_rng_state()), before, rtol=0, atol=0)
 
 
 def test_many_classes_are_one_backward_pass():

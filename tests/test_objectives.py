@@ -1,10 +1,14 @@
 """Every training objective against the same written in plain torch, in float64."""
 
+import copy
+
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from benchmarks import methods
+from fastinterp import fuse
 from fastinterp.attacks import random_start
 from fastinterp.objectives import METHODS
 
@@ -25,6 +29,60 @@ def test_loss_and_gradients_are_those_of_the_table(small_net, batch, method):
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
     assert all(torch.isfinite(part) and not part.requires_grad for part in parts.values())
+
+
+class BatchNormNet(nn.Module):
+    """Batch norm of two kinds, and dropout, which draws from the global generator."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(
+            *(nn.Conv2d(1, 6, 3, 2, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(0.2)),
+            *(nn.Conv2d(6, 8, 3, 2), nn.BatchNorm2d(8, momentum=None), nn.ReLU(inplace=True)),
+            nn.Conv2d(8, 8, 3),
+        )
+        self.pool, self.head = nn.AdaptiveAvgPool2d(1), nn.Linear(8, 10)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.uniform_(module.weight, 0.5, 2)
+                nn.init.normal_(module.bias)
+                module.running_mean.normal_()
+                module.running_var.uniform_(0.5, 2)
+
+    def forward(self, x):
+        return self.head(self.pool(self.features(x)).flatten(1))
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["stock", "fused"])
+@pytest.mark.parametrize("method", METHODS)
+def test_batch_norm_and_dropout_see_what_they_see_in_plain_code(batch, method, fused):
+    """Parameters, running statistics and the generator after two steps of plain SGD."""
+    plain, how = (
+        BatchNormNet().double(),
+        dict(step_size=STEP, steps=STEPS, gamma=0.3, ig_weight=0.3),
+    )
+    ours = fuse(copy.deepcopy(plain)) if fused else copy.deepcopy(plain)
+    objective = METHODS[method](ours, **how)
+    x, y = batch[0].double(), batch[1]
+
+    def step(net, loss, seed):
+        torch.manual_seed(seed)
+        value = loss(random_start(x, EPS))
+        gradients = torch.autograd.grad(value, list(net.parameters()))
+        with torch.no_grad():
+            for p, g in zip(net.parameters(), gradients, strict=True):
+                p.sub_(g, alpha=0.05)
+        return value, gradients, torch.rand(1)
+
+    for seed in range(2):
+        wanted = step(
+            plain, lambda start: methods.loss(method, plain, x, y, start, eps=EPS, **how), seed
+        )
+        got = step(ours, lambda start: objective(x, y, EPS, start)[0], seed)
+        torch.testing.assert_close(got, wanted, rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(dict(ours.named_buffers()), dict(plain.named_buffers()))
+        assert ours.features[1].num_batches_tracked == seed + 1
+    assert ours.training and all(module.training for module in ours.modules())
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from test_maps import BatchNormNet
@@ -8,6 +10,8 @@ from fastinterp import InterpretationRegularizer, maps
 from fastinterp.attacks import maximise, pgd, random_start
 from fastinterp.discrepancy import CLASSES, NORMS, class_weights, map_distance
 from fastinterp.maps import CamNetwork
+from fastinterp.regularizers import MAPS
+from fastinterp.regularizers.interpretation import INNER
 
 ATTACK = dict(eps=0.1, step_size=0.02, steps=3)
 
@@ -214,6 +218,55 @@ def test_the_attack_compares_maps_of_one_mode(batch):
     torch.testing.assert_close(training.x_adv, evaluation.x_adv)
 
 
+@pytest.mark.parametrize("name", MAPS)
+@pytest.mark.parametrize("inner", INNER)
+@pytest.mark.parametrize("counts", ["x", "x_adv", None])
+def test_the_pass_whose_logits_are_returned_counts(batch, name, inner, counts):
+    """Once a step, after the maximisation, as in plain code; without logits nothing moves."""
+    net, (x, y) = BatchNormNet().double(), (batch[0].double(), batch[1] % 5)
+    net.body[3].p = 0.0  # the masks of x and x' come from one generator
+    net.body[1].running_mean.normal_()
+    plain, start = copy.deepcopy(net), random_start(x, 0.1)
+    classes = "two" if name == "input_gradient" else "one"
+    options = dict(steps=2) if name == "integrated_gradients" else None
+    reg = InterpretationRegularizer(
+        name, inner=inner, classes=classes, map_options=options, **ATTACK
+    )
+    still = reg(copy.deepcopy(net).eval(), x, y, start=start, return_aux=True)[1].x_adv
+    for step in range(2):
+        before = {name: b.clone() for name, b in net.named_buffers()}
+        if counts is None:
+            reg(net, x, y, start=start)
+            torch.testing.assert_close(dict(net.named_buffers()), before, rtol=0, atol=0)
+            continue
+        value, aux = reg(net, x, y, start=start, return_aux=True, counts=counts)
+        assert value.requires_grad
+        if step == 0:
+            torch.testing.assert_close(aux.x_adv, still)
+        counted = plain(x if counts == "x" else aux.x_adv)
+        torch.testing.assert_close(aux.logits if counts == "x" else aux.logits_adv, counted)
+        torch.testing.assert_close(dict(net.named_buffers()), dict(plain.named_buffers()))
+
+
+def test_what_a_forward_puts_in_the_place_of_a_buffer_stays(batch):
+    class Assigned(BatchNormNet):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(()))
+
+        def forward(self, x):
+            if self.training:
+                self.mean = 0.9 * self.mean + 0.1 * x.mean().detach()
+            return super().forward(x)
+
+    net, (x, y) = Assigned(), (batch[0], batch[1] % 5)
+    reg = InterpretationRegularizer("cam", **ATTACK)
+    reg(net, x, y)
+    assert net.mean == 0
+    reg(net, x, y, return_aux=True)
+    torch.testing.assert_close(net.mean, 0.1 * x.mean())
+
+
 def test_a_changed_model_is_looked_at_again(small_net, batch):
     x, y = batch
     reg = InterpretationRegularizer("cam", **ATTACK)
@@ -280,6 +333,11 @@ def test_bad_batches(small_net, use, x, y, error, match):
 def test_bad_settings(change, match):
     with pytest.raises(ValueError, match=match):
         InterpretationRegularizer(**(ATTACK | change))
+
+
+def test_what_counts_is_one_of_two(small_net, batch):
+    with pytest.raises(ValueError, match="counts must be one of x, x_adv, got 'adv'"):
+        InterpretationRegularizer("cam", **ATTACK)(small_net, *batch, counts="adv")
 
 
 def test_no_grad_is_refused(small_net):

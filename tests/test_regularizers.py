@@ -62,13 +62,29 @@ def test_parameter_gradients_are_those_of_finite_differences(name, fused):
 @pytest.mark.parametrize("name", [name for name in CASES if name not in UNSHARED])
 def test_the_logits_of_x_are_shared(name):
     net, (x, y) = make_net(), batch()
+    alone = CASES[name](net, x, y)
     value, logits = CASES[name](net, x, y, return_logits=True)
-    torch.testing.assert_close(value, CASES[name](net, x, y))
+    torch.testing.assert_close(value, alone)
     expected = copy.deepcopy(net)(x)
     torch.testing.assert_close(logits, expected)
     got = gradients(F.cross_entropy(logits, y), net)
     again = copy.deepcopy(net)
     torch.testing.assert_close(got, gradients(F.cross_entropy(again(x), y), again))
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in UNSHARED])
+@pytest.mark.parametrize("fused", [False, True], ids=["stock", "fused"])
+def test_the_pass_whose_logits_are_returned_counts(name, fused):
+    """Running statistics and dropout masks are those of a step with model(x)."""
+    net, (x, y) = nn.Sequential(nn.Dropout(0.2), *make_net()), batch()
+    plain = copy.deepcopy(net)
+    net = fi.fuse(net) if fused else net
+    for seed in range(2):
+        torch.manual_seed(seed)
+        _, logits = CASES[name](net, x, y, return_logits=True)
+        torch.manual_seed(seed)
+        torch.testing.assert_close(logits, plain(x))
+        torch.testing.assert_close(dict(net.named_buffers()), dict(plain.named_buffers()))
 
 
 def snapshot(net, x):

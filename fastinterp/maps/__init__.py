@@ -1,5 +1,10 @@
 """Interpretation maps, fully differentiable or constant, never half.
 
+A map leaves the model as it was: its flags, buffers (running statistics do not move), gradients and
+hooks, and the random numbers that its next call will draw. With ``return_logits`` the pass that
+made the map counts as ``model(x)``, as these logits take its place in a loss: running statistics
+move once and random numbers are used up. A constant map (``detach``) never counts.
+
 cam.py            class activation maps
 grad_cam.py       Grad-CAM and Grad-CAM++ of any spatial layer
 gradient.py       input gradient, gradient x input

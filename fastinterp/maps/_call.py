@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastinterp._state import cloned_buffers, eval_mode, substituted
+from fastinterp._state import eval_mode, uncounted
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 _warned_of: weakref.WeakSet = weakref.WeakSet()
@@ -42,18 +42,20 @@ def borrowed(
     *,
     differentiable: bool,
     evaluation: bool = False,
-    redraw: bool = True,
+    counts: bool = False,
 ) -> Iterator[nn.Module]:
     """The model without its wrappers, to be called inside; afterwards it is as it was.
 
-    Buffers are copies, so running statistics stay; compiled parts run as they were written.
+    Compiled parts run as they were written.
 
     Args:
         differentiable: a graph is recorded, and attention must have one that can be differentiated
             again.
         evaluation: run in evaluation mode rather than the model's own.
-        redraw: the random numbers drawn inside are drawn again by whoever draws next. Not for a
-            loss: a loop that draws nothing else would drop the same units at every step.
+        counts: calls count as the owner's own, see fastinterp._state: running statistics move and
+            random numbers are used up. Otherwise buffers are copies, and the random numbers drawn
+            inside are drawn again by whoever draws next; not for a loss, as a loop that draws
+            nothing else would drop the same units at every step.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -70,9 +72,9 @@ def borrowed(
     with ExitStack() as stack:
         if compiled:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        if redraw:
+        if not counts:
             stack.enter_context(_same_random_numbers(x.device))
-        stack.enter_context(substituted(model, cloned_buffers(model)))
+            stack.enter_context(uncounted(model))
         if evaluation:
             stack.enter_context(eval_mode(model))
         if differentiable:

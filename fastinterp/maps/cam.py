@@ -223,7 +223,7 @@ def cam(
         x: images (N, C, H, W) in [0,1].
         target: None for every class, a class, or int64 (N,) or (N, k).
         detach: a constant map. Inside torch.no_grad() the map is constant anyway.
-        return_logits: also the logits of x, with the same graph.
+        return_logits: also the logits of x, with the same graph; see fastinterp.maps.
 
     Returns:
         (N, 1, h, w) for a class or (N,), (N, k or K, h, w) for (N, k) or None; raw sign; float32,
@@ -236,7 +236,8 @@ def cam(
     check_images(x)
     classes = parse(target, x)
     grad = torch.is_grad_enabled() and not detach
-    with torch.set_grad_enabled(grad), borrowed(model, x, differentiable=grad) as net:
+    loan = borrowed(model, x, differentiable=grad, counts=grad and return_logits)
+    with torch.set_grad_enabled(grad), loan as net:
         network = CamNetwork(net, None)
         features, logits = network(x)
         classes.check_below(logits.shape[1])

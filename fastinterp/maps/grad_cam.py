@@ -45,7 +45,7 @@ def grad_cam(
         relu: set negative values of the map to zero.
         detach: True for a constant; False for a map that is differentiable with respect to every
             parameter, and to x where x requires gradients.
-        return_logits: also the logits of x, with the same graph.
+        return_logits: also the logits of x, with the same graph; see fastinterp.maps.
 
     Returns:
         (N, 1, h, w) for a class or (N,), (N, k or K, h, w) for (N, k) or None; raw sign unless
@@ -91,7 +91,8 @@ def explain_layer(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """A layer's maps (N, C, h, w) summed with weights_of(gradient (N, k, C, h, w), maps)."""
     graph = not detach or not classes.single
-    with recording(detach, name), borrowed(model, x, differentiable=graph) as net:
+    loan = borrowed(model, x, differentiable=graph, counts=return_logits and not detach)
+    with recording(detach, name), loan as net:
         layer_name, module = choose(net, x, layer)
         with recorded(layer_name, module, detach) as activations:
             logits = run(net, constant(x) if detach else x)

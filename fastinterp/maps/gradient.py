@@ -37,7 +37,7 @@ def input_gradient(
         of: score s_c: "logit", "log_prob", or "loss", the cross-entropy with c as the true class.
         detach: True for a constant; False for a map that is differentiable with respect to every
             parameter, and to x where x requires gradients.
-        return_logits: also the logits of x, with the same graph.
+        return_logits: also the logits of x, with the same graph; see fastinterp.maps.
 
     Returns:
         (N, C, H, W) for a class or (N,), (N, k or K, C, H, W) for (N, k) or None; float32, or
@@ -80,7 +80,8 @@ def differentiate(
     """input_gradient or gradient_x_input of any x, whatever its range."""
     check_of(of)
     graph = not detach or not classes.single
-    with recording(detach, name), borrowed(model, x, differentiable=graph) as net:
+    loan = borrowed(model, x, differentiable=graph, counts=return_logits and not detach)
+    with recording(detach, name), loan as net:
         z = leaf(x, detach)
         logits = run(net, z)
         classes.check_below(logits.shape[1])

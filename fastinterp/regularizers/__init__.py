@@ -9,10 +9,14 @@
 The functions are called name(model, x, y, *, ...), two priors name(attribution), and give a scalar,
 the mean over the batch, which differentiates through the gradients inside it to every parameter.
 The model computes in its own mode, where a docstring does not say otherwise, and nothing of the
-user's is left changed: flags, buffers (running statistics do not move), gradients, hooks; random
-numbers are drawn from ``generator`` or the global one, and only where there is noise. With
-train-mode batch norm the examples of a batch depend on one another, and x and its neighbour are two
-batches.
+user's is left changed: flags, buffers, gradients, hooks; random numbers are drawn from
+``generator`` or the global one, and only where there is noise. With train-mode batch norm the
+examples of a batch depend on one another, and x and its neighbour are two batches.
+
+Running statistics do not move, with one exception: where the caller gets logits (``return_logits``,
+``return_aux``) the pass that made them counts as ``model(x)``, whose place they take in the loss,
+and the statistics move once as they would there. So they do once a step either way, with
+``F.cross_entropy(model(x), y) + regularizer(model, x, y)`` as with the returned logits.
 
 A model wrapped in DistributedDataParallel is called without its wrapper, so its gradients are
 reduced between processes only if the wrapper's own forward runs in the same step; safest is to wrap

@@ -1,8 +1,10 @@
-"""A batch and its clean maps, to be compared with the maps of perturbed batches.
+"""How a batch is explained, and how its explanation is compared with that of another.
 
-Both kinds have ``classes`` (K), ``logits`` of x with graph, ``maps()`` of x, ``distance(x')`` -> (D
-per example, logits of x', a function that gives the maps of x'), and ``attacked()``: inside, a
-function z -> (a function that gives D per example, logits), without parameter gradients.
+Both kinds have ``clean(x)`` and ``moved(x')``, one pass of the model each, ``maps`` of such a pass,
+``distance(clean, moved)`` per example, and ``attacked(clean)``: inside, a function z -> (a function
+that gives the distance, logits) in evaluation mode and without parameter gradients. There ``clean``
+is None where the model computes something else in its own mode. ``network`` is the model's
+CamNetwork, or None.
 """
 
 from __future__ import annotations
@@ -10,11 +12,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
 from fastinterp import maps
-from fastinterp._state import attack_parameters, depends_on_mode, eval_mode, substituted
+from fastinterp._state import attack_parameters, eval_mode, substituted, uncounted
 from fastinterp.discrepancy import class_maps, class_weights, discrepancy, map_distance
 from fastinterp.maps import CamNetwork
 from fastinterp.maps._target import parse
@@ -46,7 +49,15 @@ def named_map(name: str, options: dict):
     return explain
 
 
-def _surrogate(model, beta):
+class Explained(NamedTuple):
+    """What one pass of the model says about a batch, with its graph."""
+
+    compared: torch.Tensor  # feature maps (N, C, h, w) for CAM, else maps (N, k, ...)
+    logits: torch.Tensor  # (N, K)
+    target: torch.Tensor | None = None  # classes (N, k) of the maps, where only they are compared
+
+
+def surrogate(model, beta):
     return nullcontext() if beta is None else maps.softplus_surrogate(model, beta)
 
 
@@ -55,35 +66,36 @@ class ExplainedByCam:
 
     def __init__(self, how, softplus_beta, model, x, y, network: CamNetwork | None):
         self._how, self._beta, self._x, self._y = how, softplus_beta, x, y
-        self._network = CamNetwork(model, x) if network is None else network
-        self.classes = self._network.head.out_features
-        self._features, self.logits = self._network(x)
+        self.network = CamNetwork(model, x) if network is None else network
 
-    def maps(self) -> torch.Tensor:
-        return class_maps(self._features, self._network.head.weight)
+    def clean(self, x) -> Explained:
+        return Explained(*self.network(x))
 
-    def distance(self, x_adv):
-        features, logits = self._network(x_adv)
-        head = self._network.head.weight
-        value = discrepancy(self._features, features, head, logits, self._y, **self._how)
-        return value, logits, lambda: class_maps(features, head)
+    moved = clean
+
+    def maps(self, explained: Explained) -> torch.Tensor:
+        return class_maps(explained.compared, self.network.head.weight)
+
+    def distance(self, clean: Explained, moved: Explained) -> torch.Tensor:
+        return self._compare(clean.compared, moved.compared, self.network.head.weight, moved.logits)
+
+    def _compare(self, clean, features, head, logits):
+        return discrepancy(clean, features, head, logits, self._y, **self._how)
 
     @contextmanager
-    def attacked(self) -> Iterator:
-        network, features = self._network, self._features
-        with _surrogate(network.model, self._beta):
+    def attacked(self, clean: Explained | None) -> Iterator:
+        network = self.network
+        with surrogate(network.model, self._beta):
+            if clean is None or self._beta is not None:
+                with torch.no_grad(), eval_mode(network.model):
+                    clean = self.clean(self._x)
             with torch.no_grad():
-                if self._beta is not None or depends_on_mode(network.model):
-                    with eval_mode(network.model):
-                        features, _ = network(self._x)
-                clean = network.attacked_features(features)
+                clean_features = network.attacked_features(clean.compared)
             with network.attacked() as run:
 
                 def at(z):
                     features, head, logits = run(z)
-                    return partial(
-                        discrepancy, clean, features, head, logits, self._y, **self._how
-                    ), logits
+                    return partial(self._compare, clean_features, features, head, logits), logits
 
                 yield at
 
@@ -94,46 +106,46 @@ class ExplainedByMaps:
     def __init__(self, how, softplus_beta, explain, model, x, y, network: None):
         self._classes, self._norm = how["classes"], {k: how[k] for k in ("norm", "normalize")}
         self._explain, self._model, self._beta = explain, model, softplus_beta
-        self._x, self._y = x, y
-        self._maps, self.logits = explain(model, x, self._clean_target())
-        self.classes = self.logits.shape[1]
+        self._x, self._y, self.network = x, y, None
 
-    def maps(self) -> torch.Tensor:
-        return self._maps
+    def clean(self, x) -> Explained:
+        # The predicted class of x', which "two" explains, is not known before x'.
+        target = self._y[:, None] if self._classes == "one" else None
+        return Explained(*self._explain(self._model, x, target))
 
-    def distance(self, x_adv):
-        value, logits, maps_adv = self._compare(self._maps, x_adv)
-        return value, logits, lambda: maps_adv
+    def moved(self, x) -> Explained:
+        if self._classes != "two":
+            return self.clean(x)
+        with torch.no_grad(), uncounted(self._model):
+            predicted = self._model(x).argmax(1)
+        target = torch.stack([self._y, predicted], 1)
+        return Explained(*self._explain(self._model, x, target), target)
+
+    def maps(self, explained: Explained) -> torch.Tensor:
+        return explained.compared
+
+    def distance(self, clean: Explained, moved: Explained) -> torch.Tensor:
+        a, b, target = clean.compared, moved.compared, moved.target
+        if target is not None:
+            a = a.take_along_dim(target.view(*target.shape, *[1] * (a.dim() - 2)), 1)
+        distance = map_distance(a, b, **self._norm)
+        if self._classes == "two":
+            return distance.mean(1)
+        if self._classes == "one":
+            return distance[:, 0]
+        return (class_weights(self._classes, moved.logits, self._y) * distance).sum(1)
 
     @contextmanager
-    def attacked(self) -> Iterator:
-        model, clean = self._model, self._maps.detach()
+    def attacked(self, clean: Explained | None) -> Iterator:
+        model = self._model
         tensors = attack_parameters(model)
-        with substituted(model, tensors), eval_mode(model), _surrogate(model, self._beta):
-            if self._beta is not None or depends_on_mode(model):
-                clean = self._explain(model, self._x, self._clean_target())[0].detach()
+        with substituted(model, tensors), eval_mode(model), surrogate(model, self._beta):
+            if clean is None or self._beta is not None:
+                clean = self.clean(self._x)
+            clean = Explained(*(t.detach() for t in clean[:2]))
 
             def at(z):
-                value, logits, _ = self._compare(clean, z)
-                return lambda: value, logits
+                moved = self.moved(z)
+                return partial(self.distance, clean, moved), moved.logits
 
             yield at
-
-    def _clean_target(self):
-        # The predicted class of x', which "two" explains, is not known before x'.
-        return self._y[:, None] if self._classes == "one" else None
-
-    def _compare(self, clean, z):
-        if self._classes == "two":
-            with torch.no_grad():
-                predicted = self._model(z).argmax(1)
-            target = torch.stack([self._y, predicted], 1)
-            maps_z, logits = self._explain(self._model, z, target)
-            index = target.view(*target.shape, *[1] * (clean.dim() - 2))
-            clean = clean.take_along_dim(index, 1)
-            return map_distance(clean, maps_z, **self._norm).mean(1), logits, maps_z
-        maps_z, logits = self._explain(self._model, z, self._clean_target())
-        distance = map_distance(clean, maps_z, **self._norm)
-        if self._classes == "one":
-            return distance[:, 0], logits, maps_z
-        return (class_weights(self._classes, logits, self._y) * distance).sum(1), logits, maps_z

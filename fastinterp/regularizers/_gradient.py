@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from fastinterp._checks import check_images, check_labels
+from fastinterp._state import uncounted
 from fastinterp.maps._call import borrowed, leaf, run, vjp
 from fastinterp.maps._target import Classes, at_least_float, scores
 
@@ -42,8 +44,9 @@ def check_recording() -> None:
 class Borrowed:
     """A model for several differentiable passes; afterwards it is as it was, exceptions included.
 
-    It runs in its own mode, on copies of its buffers, see fastinterp.maps._call.borrowed. ``model``
-    is what it calls: the model without wrappers.
+    It runs in its own mode, see fastinterp.maps._call.borrowed. No pass but those with ``counts``
+    moves running statistics, see fastinterp._state. ``model`` is what it calls: the model without
+    wrappers.
 
     Args:
         model: images (N, C, H, W) -> logits (N, K).
@@ -64,18 +67,22 @@ class Borrowed:
         if x.is_inference():
             raise RuntimeError("x was made under torch.inference_mode(); pass x.clone()")
         self._examples, self._y, self._y_checked = len(x), y, False
-        self._loan = borrowed(model, x, differentiable=True, redraw=False)
+        self._loan = borrowed(model, x, differentiable=True, counts=True)
 
     def __enter__(self) -> Borrowed:
-        self.model = self._loan.__enter__()
+        with ExitStack() as stack:
+            self.model = stack.enter_context(self._loan)
+            self._counted = stack.enter_context(uncounted(self.model))
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *error) -> None:
-        self._loan.__exit__(*error)
+        self._stack.__exit__(*error)
 
-    def logits(self, z: torch.Tensor) -> torch.Tensor:
+    def logits(self, z: torch.Tensor, *, counts: bool = False) -> torch.Tensor:
         """Logits of z, (N, K), float32 at least."""
-        logits = run(self.model, z)
+        with self._counted() if counts else nullcontext():
+            logits = run(self.model, z)
         if self._y is not None and not self._y_checked:
             check_labels(self._y, self._examples, logits.shape[1])
             self._y_checked = True
@@ -86,6 +93,7 @@ class Borrowed:
         z: torch.Tensor,
         of: str | Callable[[torch.Tensor], torch.Tensor] = "loss",
         *,
+        counts: bool = False,
         create_graph: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Gradient with respect to z of a score made of the logits, and the logits.
@@ -94,13 +102,14 @@ class Borrowed:
             z: images, any range; the result depends on them where they require grad.
             of: one of fastinterp.maps' scores of the true class, so that each example's gradient is
                 that of its own score; or a function from logits to scores, which are summed.
+            counts: whether this pass is the owner's model(z), whose logits are returned.
             create_graph: whether the gradient is to be differentiated.
 
         Returns:
             (N, C, H, W) and (N, K), float32 at least; the logits keep their graph in any case.
         """
         z = leaf(z, False)
-        logits = self.logits(z)
+        logits = self.logits(z, counts=counts)
         score = of(logits) if callable(of) else scores(logits, Classes(self._y[:, None], True), of)
         return derivative(score, z, create_graph=create_graph), logits
 

@@ -51,7 +51,7 @@ def grad_align(
     """
     positive("eps", eps)
     with Borrowed(model, x, y) as net:
-        gradient, logits = net.gradient(x)
+        gradient, logits = net.gradient(x, counts=return_logits)
         noisy, _ = net.gradient(x + random_start(x.detach(), eps, generator=generator))
     value = cosine_distance(gradient, noisy)
     return (value, logits) if return_logits else value
@@ -109,7 +109,7 @@ def local_gradient_alignment(
         else:
             _check_neighbour(x_adv, x)
             x_adv = x_adv.detach()
-        clean, logits = net.gradient(x, of)
+        clean, logits = net.gradient(x, of, counts=return_logits)
         if detach_clean:
             clean = clean.detach()
         moved, _ = net.gradient(x_adv, of)

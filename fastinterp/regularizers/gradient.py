@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 
 import torch
 from torch import nn
@@ -60,7 +61,7 @@ def input_gradient_norm(
     one_of("norm", norm, NORMS)
     check_of(of)
     with Borrowed(model, x, y) as net:
-        gradient, logits = net.gradient(x, of)
+        gradient, logits = net.gradient(x, of, counts=return_logits)
     value = norms(gradient, norm).mean()
     return (value, logits) if return_logits else value
 
@@ -105,7 +106,7 @@ def jacobian_norm(
         raise ValueError(f"n_proj must be at least 1, got {n_proj}; exact=True takes every class")
     with Borrowed(model, x, y) as net:
         z = leaf(x, False)
-        logits = net.logits(z)
+        logits = net.logits(z, counts=return_logits)
         classes = logits.shape[1]
         if exact:
             with torch.autocast(x.device.type, enabled=False):
@@ -158,7 +159,9 @@ def right_for_right_reasons(
             raise ValueError(
                 f"mask must be {(n, 1, *size)} or {tuple(x.shape)}, got {tuple(mask.shape)}"
             )
-        gradient, logits = net.gradient(x, lambda logits: logits.log_softmax(1).sum())
+        gradient, logits = net.gradient(
+            x, lambda logits: logits.log_softmax(1).sum(), counts=return_logits
+        )
     value = norms(gradient * mask.to(gradient), "squared").mean()
     return (value, logits) if return_logits else value
 
@@ -209,11 +212,9 @@ def finite_difference_gradient_norm(
     one_of("norm", norm, NORMS)
     one_of("kinks", kinks, ("raise", "warn", "ignore"))
     with Borrowed(model, x, y) as net:
-        if kinks == "ignore":
-            gradient, logits = net.gradient(x, create_graph=False)
-        else:
-            with _KinkFinder() as finder:
-                gradient, logits = net.gradient(x, create_graph=False)
+        with nullcontext(None) if kinks == "ignore" else _KinkFinder() as finder:
+            gradient, logits = net.gradient(x, counts=return_logits, create_graph=False)
+        if finder is not None:
             _report(finder.found, kinks)
         scale = gradient.new_ones(())
         if norm == "l1":

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -11,14 +12,22 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastinterp._checks import check_attack, check_images, check_labels
-from fastinterp._state import cloned_buffers, substituted
-from fastinterp.attacks import maximise, random_start
+from fastinterp._state import depends_on_mode, uncounted
+from fastinterp.attacks import attacked, maximise, random_start
 from fastinterp.discrepancy import CLASSES, NORMALIZE, NORMS
 from fastinterp.maps import CamNetwork
-from fastinterp.regularizers._explained import MAPS, ExplainedByCam, ExplainedByMaps, named_map
+from fastinterp.maps._call import borrowed
+from fastinterp.regularizers._explained import (
+    MAPS,
+    ExplainedByCam,
+    ExplainedByMaps,
+    named_map,
+    surrogate,
+)
 from fastinterp.regularizers._gradient import one_of
 
 INNER = ("discrepancy", "ce", "ce+discrepancy")
+COUNTED = ("x", "x_adv")
 
 
 class Aux(NamedTuple):
@@ -37,7 +46,9 @@ class InterpretationRegularizer(nn.Module):
         R = mean_n D(x_n, x_n + delta*),   delta* = argmax over ||delta|| <= eps of ``inner``
 
     The maximisation starts at a random point (at x itself the gradient of D is exactly zero), uses
-    the clean map computed once, and wants no weight gradients.
+    the clean map computed once, and wants no weight gradients. It runs the model in evaluation
+    mode, with running statistics as they were before the batch; x and x' then pass in the model's
+    own mode, each as a batch of its own.
 
     Args:
         map: "cam" (the paper's, and by far the cheapest), "grad_cam", "grad_cam_plus_plus",
@@ -107,6 +118,7 @@ class InterpretationRegularizer(nn.Module):
             raise ValueError(f"inner_weight must be >= 0, got {inner_weight}")
         self.map, self.inner, self.inner_weight = map, inner, inner_weight
         self.eps, self.clip, self.random_start = eps, clip, random_start
+        self._beta = softplus_beta
         self._attack = dict(
             step_size=step_size, steps=steps, norm=norm, clip=clip, restarts=restarts
         )
@@ -130,6 +142,7 @@ class InterpretationRegularizer(nn.Module):
         start: torch.Tensor | None = None,
         attack_target: torch.Tensor | None = None,
         return_aux: bool = False,
+        counts: str = "x",
         validate: bool = True,
         network: CamNetwork | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Aux]:
@@ -137,14 +150,17 @@ class InterpretationRegularizer(nn.Module):
 
         Args:
             model: images -> logits; for "cam" with global average pooling and a linear head. Its
-                flags, buffers, gradients and hooks are left as they were.
+                flags, buffers, gradients and hooks are left as they were, but see ``return_aux``.
             x: images (N, C, H, W) within ``clip``.
             y: true classes, int64 (N,).
             eps: radius for this call (a schedule), default the constructor's.
             start: perturbation to start from instead of a random one.
             attack_target: int64 (N,): the cross-entropy in ``inner`` is then that of these classes
                 and is lowered instead of raised.
-            return_aux: also return an Aux.
+            return_aux: also return an Aux. Its logits take the place of ``model(x)``, so that pass
+                counts as one: running statistics move once.
+            counts: "x", or "x_adv" where it is the cross-entropy of ``logits_adv`` that is
+                minimised: the pass over x' counts instead.
             validate: check x and y, which on a GPU waits for the device.
             network: CamNetwork of ``model``, for a loop that knows the model does not change; by
                 default it is made anew, which costs a forward pass of one image.
@@ -161,6 +177,7 @@ class InterpretationRegularizer(nn.Module):
                 "InterpretationRegularizer needs gradients for its inner maximisation: call it "
                 "outside torch.no_grad() and torch.inference_mode()"
             )
+        one_of("counts", counts, COUNTED)
         if attack_target is not None and self.inner == "discrepancy":
             raise ValueError('attack_target needs inner="ce" or "ce+discrepancy"')
         eps = self.eps if eps is None else eps
@@ -170,32 +187,55 @@ class InterpretationRegularizer(nn.Module):
         if start is None and self.random_start:
             start = random_start(x, eps, self._attack["norm"])
 
-        with substituted(model, cloned_buffers(model)):
+        loan = borrowed(model, x, differentiable=True, counts=True)
+        with loan as model, uncounted(model) as counted:
+            own = counted if return_aux else nullcontext
             explained = self._explained(model, x, y, network)
-            if validate:
-                for name, labels in (("y", y), ("attack_target", attack_target)):
-                    if labels is not None:
-                        check_labels(labels, len(x), explained.classes, name)
-            with explained.attacked() as at:
-                x_adv = maximise(
-                    lambda z: self._raised(*at(z), y, attack_target),
-                    x,
-                    eps=eps,
-                    start=start,
-                    **self._attack,
-                )
-            value, logits_adv, maps_adv = explained.distance(x_adv)
-        value = value.mean()
-        if return_aux:
-            return value, Aux(x_adv, explained.logits, logits_adv, explained.maps(), maps_adv())
-        return value
 
-    def _raised(self, discrepancy, logits, y, attack_target):
-        """What the maximisation raises, per example; ``discrepancy`` is a function without one."""
+            def clean_pass():
+                with own() if counts == "x" else nullcontext():
+                    return explained.clean(x)
+
+            # Of a model that depends on its mode the maximisation uses another clean pass, and this
+            # one comes after, as it moves running statistics.
+            clean = None if depends_on_mode(model) else clean_pass()
+            with self._attacked(explained, clean, model) as at:
+                unchecked = {"y": y, "attack_target": attack_target} if validate else {}
+
+                def raised(z):
+                    distance, logits = at(z)
+                    while unchecked:
+                        name, labels = unchecked.popitem()
+                        if labels is not None:
+                            check_labels(labels, len(x), logits.shape[1], name)
+                    return self._raised(distance, logits, y, attack_target)
+
+                x_adv = maximise(raised, x, eps=eps, start=start, **self._attack)
+            clean = clean or clean_pass()
+            with own() if counts == "x_adv" else nullcontext():
+                moved = explained.moved(x_adv)
+            value = explained.distance(clean, moved).mean()
+            if not return_aux:
+                return value
+            maps = (explained.maps(each) for each in (clean, moved))
+            return value, Aux(x_adv, clean.logits, moved.logits, *maps)
+
+    @contextmanager
+    def _attacked(self, explained, clean, model) -> Iterator:
+        """As ``explained.attacked``, but without explanations where nothing needs them."""
+        if self.inner != "ce":
+            with explained.attacked(clean) as at:
+                yield at
+        else:
+            with surrogate(model, self._beta), attacked(model, explained.network) as logits:
+                yield lambda z: (None, logits(z))
+
+    def _raised(self, distance, logits, y, attack_target):
+        """What the maximisation raises, per example; ``distance`` is a function that gives D."""
         if self.inner == "discrepancy":
-            return discrepancy()
+            return distance()
         if attack_target is None:
             ce = F.cross_entropy(logits, y, reduction="none")
         else:
             ce = -F.cross_entropy(logits, attack_target, reduction="none")
-        return ce if self.inner == "ce" else ce + self.inner_weight * discrepancy()
+        return ce if self.inner == "ce" else ce + self.inner_weight * distance()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import nn
 
@@ -47,7 +49,7 @@ def cure(
     positive("h", h)
     one_of("norm", norm, ("squared", "l2"))
     with Borrowed(model, x, y) as net:
-        gradient, logits = net.gradient(x)
+        gradient, logits = net.gradient(x, counts=return_logits)
         z = unit(gradient.detach().sign()).to(x)
         displaced, _ = net.gradient(x + h * z)
     value = norms(displaced - gradient, norm).mean()
@@ -102,14 +104,15 @@ def local_linearity(
         start = random_start(x.detach(), eps, generator=generator)
         # Of a model that depends on its mode, the pass in its own mode comes after the ascent: it
         # moves the running statistics that the ascent computes with.
-        clean = None if depends_on_mode(net.model) else net.gradient(x)
+        clean_pass = partial(net.gradient, x, counts=return_logits)
+        clean = None if depends_on_mode(net.model) else clean_pass()
         x_worst = _least_linear(
             net,
             x.detach(),
             clean,
             dict(eps=eps, step_size=step_size, steps=steps, clip=clip, start=start),
         )
-        gradient, logits = clean or net.gradient(x)
+        gradient, logits = clean or clean_pass()
         d = x_worst - x.detach()
         rise = dot(d, gradient)
         gap = (net.losses(net.logits(x + d)) - net.losses(logits) - rise).abs()

@@ -174,7 +174,7 @@ def saliency_guided(
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction must lie in (0, 1], got {fraction}")
     with Borrowed(model, x, y) as net:
-        gradient, logits = net.gradient(x, of, create_graph=False)
+        gradient, logits = net.gradient(x, of, counts=return_logits, create_graph=False)
         score = gradient.mean(1)
         lowest = _lowest(score.abs() if absolute else score, fraction)
         masked = torch.where(lowest, _filled(x.detach(), fill, generator), x.detach())
