@@ -15,9 +15,17 @@ from torch.nn import functional as F
 
 from fastinterp import metrics
 from fastinterp._state import eval_mode
-from fastinterp.attacks import attacked, margin, maximise, pgd, random_start
+from fastinterp.attacks import (
+    attack_interpretation,
+    attacked,
+    margin,
+    maximise,
+    pgd,
+    random_start,
+    released_draws,
+)
 from fastinterp.data import Split
-from fastinterp.discrepancy import class_maps, class_weights, map_distance
+from fastinterp.discrepancy import class_weights, map_distance
 from fastinterp.evaluation.accuracy import attacked_batches, batches, predictions
 from fastinterp.maps import cam
 
@@ -125,7 +133,8 @@ def aai(
 ) -> dict:
     """How alike the true class's CAM is before and after an attack on that map alone.
 
-    The attack lowers the sum of the map over the k cells that were largest, from a random point.
+    The attack lowers the sum of the map over the k cells that were largest, from the random points
+    of the released evaluation.
 
     Returns:
         {"same": bits, whether the predicted class stayed, "tau", "spearman", "top_k", "cosine": a
@@ -135,31 +144,16 @@ def aai(
     """
     found = {"same": [], "tau": [], "spearman": [], "top_k": [], "cosine": []}
     began = time.perf_counter()
-
-    def attack(model, x, y, network, generator):
-        with network.attacked() as run:
-
-            def true_map(z):
-                features, head, _ = run(z)
-                return class_maps(features, head)[torch.arange(len(z)), y].flatten(1)
-
-            with torch.no_grad():
-                top = true_map(x).topk(k, 1).indices
-            return maximise(
-                lambda z: -true_map(z).gather(1, top).sum(1),
-                x,
-                eps=eps,
-                step_size=step_size,
-                steps=steps,
-                start=random_start(x, eps, generator=generator),
-            )
-
-    for x, y, x_adv in attacked_batches(
-        model, split, index, attack, batch_size=batch_size, seed=seed
+    image = split.images.shape[1:]
+    starts = released_draws(len(split), len(index), image, _classes(model, split), seed).start(eps)
+    for (x, y), start in zip(
+        batches(model, split, index, batch_size), starts.split(batch_size), strict=True
     ):
-        with eval_mode(model):
-            maps = [cam(model, z, y, detach=True) for z in (x, x_adv)]
-        found["same"].append(predictions(model, x) == predictions(model, x_adv))
+        attack = attack_interpretation(
+            model, x, y, eps=eps, k=k, steps=steps, step_size=step_size, start=start.to(x)
+        )
+        maps = attack.maps, attack.maps_adv
+        found["same"].append(attack.unchanged)
         found["tau"].append(metrics.kendall_tau(*maps))
         found["spearman"].append(metrics.spearman(*maps))
         found["top_k"].append(metrics.top_k_intersection(*maps, k))
@@ -167,6 +161,12 @@ def aai(
     same = bits(torch.cat(found.pop("same")))
     numbers = {name: _numbers(torch.cat(parts)) for name, parts in found.items()}
     return {"same": same, **numbers, "seconds": time.perf_counter() - began}
+
+
+def _classes(model: nn.Module, split: Split) -> int:
+    x, _ = next(batches(model, split, torch.arange(1), 1))
+    with torch.no_grad(), eval_mode(model):
+        return model(x).shape[1]
 
 
 def bound(
