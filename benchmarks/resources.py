@@ -3,8 +3,9 @@
     python -m benchmarks.resources [--arch 80 90] [--csv FILE]
 
 The launchers in fastinterp.triton are called on meta tensors and Triton is told to compile and not
-to launch, so tile sizes, argument types and alignment are those of a real call. csrc/cuda is
-compiled when nvcc is on PATH. The exit status is 1 when a kernel spills.
+to launch, so tile sizes, argument types and alignment are those of a real call. The kernels of
+csrc/cuda are read from the built core where it has them for that architecture; for others they are
+compiled, which takes minutes, when nvcc is on PATH. The exit status is 1 when a kernel spills.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from typing import NamedTuple
 from unittest import mock
 
 import torch
+
+from fastinterp import _native
 
 CUDA_SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -263,10 +266,10 @@ def _cuobjdump() -> str:
     return tool
 
 
-def _resources(cubin: Path) -> Iterator[tuple[str, dict[str, int]]]:
+def _resources(cubin: Path, *options: str) -> Iterator[tuple[str, dict[str, int]]]:
     """(function name, {"REG": ..., "STACK": ..., ...}) of each function in ``cubin``."""
     listing = subprocess.run(
-        [_cuobjdump(), "--dump-resource-usage", str(cubin)],
+        [_cuobjdump(), "--dump-resource-usage", *options, str(cubin)],
         check=True,
         capture_output=True,
         text=True,
@@ -321,22 +324,42 @@ def triton_rows(arch: int, folder: Path) -> Iterator[Row]:
                     yield Row(name, case, arch, usage["REG"], shared, spill)
 
 
+def built_architectures() -> list[int]:
+    """Those that the installed core holds machine code for."""
+    listed = getattr(_native.core, "cuda_architectures", None) or ""
+    return [int(a.split("-")[0]) for a in listed.split() if "virtual" not in a]
+
+
 def cuda_rows(arch: int, folder: Path) -> Iterator[Row]:
+    if arch in built_architectures():
+        yield from _cuda_rows(_native.core.__file__, "built core", arch)
+        return
+    if shutil.which("nvcc") is None:
+        print(f"nvcc is not on PATH: csrc/cuda is left out for sm_{arch}", file=sys.stderr)
+        return
     for source in sorted(CUDA_SOURCES.glob("*.cu")):
         cubin = folder / f"{source.stem}.cubin"
         command = ["nvcc", "-cubin", f"-arch=sm_{arch}", "-std=c++17", "-O3", "-o", str(cubin)]
         subprocess.run([*command, str(source)], check=True)
-        for name, usage in _resources(cubin):
-            spill = usage["STACK"] + usage["LOCAL"]
-            yield Row(_demangle(name), source.name, arch, usage["REG"], usage["SHARED"], spill)
+        yield from _cuda_rows(cubin, source.name, arch)
 
 
-def _demangle(name: str) -> str:
-    if shutil.which("c++filt") is None:
-        return name
-    readable = subprocess.run(["c++filt", name], check=True, capture_output=True, text=True).stdout
-    match = re.search(r"(\w+(?:<.*?>)?)\(", readable.replace("(anonymous namespace)::", ""))
-    return match[1] if match else readable.strip()
+def _cuda_rows(binary, case: str, arch: int) -> Iterator[Row]:
+    found = list(_resources(binary, "--gpu-architecture", f"sm_{arch}"))
+    for name, (_, usage) in zip(_demangled([name for name, _ in found]), found, strict=True):
+        spill = usage["STACK"] + usage["LOCAL"]
+        yield Row(name, case, arch, usage["REG"], usage["SHARED"], spill)
+
+
+def _demangled(names: list[str]) -> list[str]:
+    if shutil.which("c++filt") is None or not names:
+        return names
+    readable = subprocess.run(
+        ["c++filt"], input="\n".join(names), check=True, capture_output=True, text=True
+    ).stdout.replace("(anonymous namespace)::", "")
+    lines = re.sub(r"\(fastinterp::Activation\)", "activation ", readable).splitlines()
+    matches = [re.search(r"(\w+(?:<.*?>)?)\(", line) for line in lines]
+    return [m[1] if m else line for m, line in zip(matches, lines, strict=True)]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -351,10 +374,7 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as name:
         for arch in args.arch:
             rows += triton_rows(arch, Path(name))
-            if shutil.which("nvcc"):
-                rows += cuda_rows(arch, Path(name))
-    if not shutil.which("nvcc"):
-        print("nvcc is not on PATH: csrc/cuda is left out", file=sys.stderr)
+            rows += cuda_rows(arch, Path(name))
 
     table = [[field.replace("_", " ") for field in Row._fields], *[map(str, r) for r in rows]]
     table = [list(line) for line in table]

@@ -1,8 +1,9 @@
-"""Predicted bytes of the Triton kernels of the network ops against the floor, without a GPU.
+"""Predicted bytes of the GPU kernels against the floor, without a GPU.
 
     python -m benchmarks.traffic [--csv FILE]
 
-The launchers are called on meta tensors and each launch is noted instead of made. A kernel counts
+The Triton launchers are called on meta tensors and each launch is noted instead of made; of the
+CUDA C++ kernels, whose launches are in csrc, it is written here what they take. A kernel counts
 every tensor it is given once; what it reads a second time comes from a cache. A is one tensor like
 x. The floor is what the order has to read and write with one pass for its sums and one that uses
 them: tensors like x and bits of masks, no partial sums and no values per channel.
@@ -24,6 +25,7 @@ import torch
 from tabulate import tabulate
 
 from benchmarks.resources import empty
+from fastinterp import _native
 
 BANDWIDTH = 3.35e12  # bytes a second of an H100
 
@@ -110,6 +112,74 @@ def _batch_norm_relu(shape, dtype, channels_last, with_residual):
     yield from _orders(case, x, orders)
 
 
+def _cuda_orders(case, x, orders) -> Iterator[Row]:
+    """``orders``: (name, {kernel: the tensors it reads and writes}, floor in bytes)."""
+    unit = _nbytes([x])
+    for order, kernels, floor in orders:
+        sizes = {kernel: _nbytes(tensors) for kernel, tensors in kernels.items()}
+        sizes["together"] = sum(sizes.values())
+        for kernel, size in sizes.items():
+            last = floor / unit if kernel == "together" else None
+            case_row = f"{case} CUDA C++", order, kernel
+            yield Row(*case_row, size / 1e6, size / unit, last, size / BANDWIDTH * 1e6)
+
+
+def _cuda_batch_norm_relu(shape, dtype, channels_last, with_residual):
+    """What csrc/cuda/batch_norm_act.cu launches; how it cuts the tensor is asked of the core."""
+    op = importlib.import_module("fastinterp.ops.batch_norm_act")
+    x = empty(*shape, dtype=dtype, channels_last=channels_last)
+    vector, values = (empty(n * shape[1], dtype=torch.float32) for n in (1, 6))
+    kind = True, 1e-5, "relu", 0.0
+    scratch = _native.core.cuda_batch_norm_act_scratch_bytes(op._header(x, kind))
+    partial = empty((scratch - _nbytes([values])) // 40, dtype=torch.float32)  # 4 bytes, 10 sums
+    rows, mask, residual = op._rows(x), None, None
+    if with_residual:
+        residual, mask = x, empty(rows[0], -(-rows[1] // 8), dtype=torch.uint8)
+    a, bits = _nbytes([x]), _nbytes([mask])
+    order = "channels_last" if channels_last else "NCHW"
+    case = f"batch norm + relu{' + residual' * with_residual} {shape} {dtype} {order}"
+    affine, two, three = (vector,) * 4, (partial,) * 2, (partial,) * 3
+    forward = {
+        "statistics_kernel": (x, *two),
+        "statistics_totals_kernel": (*two, vector, vector, vector),
+        "forward_kernel": (x, residual, mask, x, *affine),
+    }
+    backward = {
+        "backward_sums_kernel": (x, x, mask, *affine, *two),
+        "backward_totals_kernel": (*two, vector, vector, vector, vector, vector, vector),
+        "backward_kernel": (x, x, mask, *affine, vector, vector, x, residual),
+    }
+    second = {
+        "second_sums_kernel": (x, x, x, mask, *affine, *three),
+        "second_totals_kernel": (*three, values, *affine, vector, vector),
+        "second_kernel": (x, x, x, residual, mask, *affine, values, x, x),
+    }
+    orders = (
+        ("forward", forward, (3 + with_residual) * a + bits),
+        ("backward", backward, (5 + with_residual) * a + 2 * bits),
+        ("second", second, (8 + with_residual) * a + 2 * bits),
+    )
+    yield from _cuda_orders(case, x, orders)
+
+
+def _cuda_attack_step(shape, dtype, norm):
+    x, one = empty(*shape, dtype=dtype), empty(1, dtype=torch.float32)
+    tensors = x, x, x, x, one, one  # an example of the L2 step stays in the caches
+    kernels = {f"{norm.lower()}_kernel": tensors}
+    orders = (("forward", kernels, 4 * _nbytes([x])),)
+    yield from _cuda_orders(f"attack step {norm} {shape} {dtype}", x, orders)
+
+
+def _cuda_kendall_tau(shape):
+    a, tau = empty(*shape, dtype=torch.float32), empty(shape[0], dtype=torch.float64)
+    partial = empty(_native.core.cuda_kendall_tau_scratch_bytes(*shape), dtype=torch.uint8)
+    kernels = {"pairs_kernel": (a, a, tau)}
+    if partial.numel():
+        kernels = {"pairs_kernel": (a, a, partial), "totals_kernel": (partial, tau)}
+    orders = (("forward", kernels, _nbytes([a, a, tau])),)
+    yield from _cuda_orders(f"kendall tau {shape} {a.dtype}", a, orders)
+
+
 def _activation(shape, dtype):
     from fastinterp.triton import activation as launch
 
@@ -161,6 +231,19 @@ def _cross_entropy(shape, dtype):
     yield from _orders(f"cross entropy {shape} {dtype}", z, orders)
 
 
+def _cuda_rows():
+    bf16 = torch.bfloat16
+    for shape in ((32, 64, 32, 32), (32, 512, 4, 4), (128, 64, 32, 32), (16, 256, 56, 56)):
+        for channels_last in (False, True):
+            yield from _cuda_batch_norm_relu(shape, bf16, channels_last, False)
+    yield from _cuda_batch_norm_relu((32, 64, 32, 32), bf16, True, True)
+    yield from _cuda_batch_norm_relu((32, 64, 32, 32), torch.float32, False, False)
+    for norm in ("Linf", "L2"):
+        yield from _cuda_attack_step((64, 3, 224, 224), torch.float32, norm)
+    for shape in ((200, 49), (200, 1024)):
+        yield from _cuda_kendall_tau(shape)
+
+
 def rows() -> Iterator[Row]:
     bf16 = torch.bfloat16
     for shape in ((32, 64, 32, 32), (32, 512, 4, 4), (128, 64, 32, 32), (16, 256, 56, 56)):
@@ -168,6 +251,8 @@ def rows() -> Iterator[Row]:
             yield from _batch_norm_relu(shape, bf16, channels_last, False)
     yield from _batch_norm_relu((32, 64, 32, 32), bf16, True, True)
     yield from _batch_norm_relu((32, 64, 32, 32), torch.float32, False, False)
+    if getattr(_native.core, "cuda_architectures", None):
+        yield from _cuda_rows()
     yield from _activation((32, 64, 32, 32), bf16)
     yield from _max_pool2d((50, 32, 28, 28), bf16)
     yield from _cross_entropy((256, 1000), bf16)

@@ -141,6 +141,22 @@ FI_INLINE T activation_slope(T z, [[maybe_unused]] T alpha) {
   }
 }
 
+template <Activation K>
+constexpr bool is_smooth =
+    K == Activation::softplus || K == Activation::silu || K == Activation::gelu;
+
+// phi'(z) v of a piecewise linear phi, from the sign of z; numbers or vectors of them
+template <Activation K, typename Mask, typename X, typename A>
+FI_INLINE X gated([[maybe_unused]] Mask positive, X v, [[maybe_unused]] A alpha) {
+  if constexpr (K == Activation::identity) {
+    return v;
+  } else if constexpr (K == Activation::relu) {
+    return positive ? v : X{};
+  } else {
+    return positive ? v : alpha * v;
+  }
+}
+
 // phi''(z), taken as zero at a kink
 template <Activation K, typename T>
 FI_INLINE T activation_curvature(T z, [[maybe_unused]] T alpha) {

@@ -75,7 +75,7 @@ struct CamDiscrepancy {
 };
 
 // y = activation(weight (x - mean) rstd + bias + residual) and its first two derivatives; formulas in
-// cpu/batch_norm_act.cpp. "N C P" is (N, C, P) dense, or (N, P, C) when channels_last. Vectors are of
+// batch_norm.h. "N C P" is (N, C, P) dense, or (N, P, C) when channels_last. Vectors are of
 // the accumulation type. A null input counts as zeros (weight: ones); a null output is not wanted.
 struct BatchNormAct {
   DType dtype;
@@ -303,6 +303,10 @@ void conv2d_weight_grad(const Conv2dWeightGrad& p);
 namespace cuda {
 // Each returns a cudaError_t as int; 0 is success.
 int attack_step(const AttackStep& p, void* stream);
+std::int64_t batch_norm_act_scratch_bytes(const BatchNormAct& p);
+int batch_norm_act_forward(const BatchNormAct& p, void* stream);
+int batch_norm_act_backward(const BatchNormAct& p, void* stream);
+int batch_norm_act_backward_backward(const BatchNormAct& p, void* stream);
 std::int64_t kendall_tau_scratch_bytes(const KendallTau& p);
 int kendall_tau(const KendallTau& p, void* stream);
 const char* error_string(int code);

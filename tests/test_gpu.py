@@ -22,6 +22,9 @@ from test_attack_step import plain as plain_step
 from test_cam_discrepancy import gradients as cam_gradients
 from test_cam_discrepancy import inputs as cam_inputs
 from test_cam_discrepancy import plain as plain_cam
+from test_kendall_tau import SIZES as ROWS
+from test_kendall_tau import assert_same, scipy_tau
+from test_kendall_tau import inputs as rows_inputs
 from test_max_pool2d import CASES as POOL_CASES
 
 from fastinterp.ops import (
@@ -30,6 +33,7 @@ from fastinterp.ops import (
     batch_norm_act,
     cam_discrepancy,
     cross_entropy,
+    kendall_tau,
     max_pool2d,
 )
 
@@ -51,7 +55,8 @@ CAM_SIZES = [(1, 1, 1, 1, 1), (50, 100, 10, 7, 7), (2, 5, 70, 9, 13), (8, 2048, 
 
 
 @pytest.fixture(params=["cuda", "triton"])
-def step_backend(request, monkeypatch):
+def twin_backend(request, monkeypatch):
+    """Ops that have kernels of both kinds."""
     monkeypatch.setenv("FASTINTERP_BACKEND", request.param)
 
 
@@ -72,7 +77,7 @@ def doubles(tensors):
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", STEP_SHAPES, ids=str)
-def test_attack_step_values(step_backend, shape, dtype, norm, per_example):
+def test_attack_step_values(twin_backend, shape, dtype, norm, per_example):
     tensors = on_device(step_inputs(shape, dtype))
     eps, step = (0.15, 0.05) if norm == "Linf" else (0.8, 0.5)
     if per_example:
@@ -87,7 +92,7 @@ def test_attack_step_values(step_backend, shape, dtype, norm, per_example):
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_attack_step_unaligned_in_place_without_clip(step_backend, dtype, norm):
+def test_attack_step_unaligned_in_place_without_clip(twin_backend, dtype, norm):
     tensors = x, grad, origin = on_device(step_inputs((3, 1024), dtype))
     guarded = torch.full((3 * 1024 + 2,), math.nan, dtype=dtype, device="cuda")
     view = guarded[1:-1].view(3, 1024).copy_(x)  # off any 16-byte boundary
@@ -122,14 +127,24 @@ def test_cam_values_and_gradients(triton_backend, size, dtype, channels_last, wi
         assert_as_accurate(value, same, exact, factor=3)
 
 
+@pytest.mark.parametrize("levels", [None, 2, 9], ids=["distinct", "two levels", "nine levels"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kendall_tau(twin_backend, dtype, levels):
+    for size in (*ROWS, (200, 49), (3, 256), (3, 257), (9, 1024), (2, 5000)):
+        a, b = rows_inputs(size, dtype, levels)
+        assert_same(kendall_tau(a.cuda(), b.cuda()).cpu(), scipy_tau(a, b))
+
+
 def test_cam_repeats_bit_for_bit(triton_backend):
     tensors = on_device(cam_inputs((50, 100, 10, 7, 7), True, torch.float32))
     first, second = (cam_gradients(cam_discrepancy, tensors, "l1") for _ in range(2))
     assert all(map(torch.equal, first, second))
 
 
-def test_layers_repeat_bit_for_bit(triton_backend):
-    function, tensors = list(cases())[2]
+@pytest.mark.parametrize("chosen", ["auto", "triton"])
+def test_layers_repeat_bit_for_bit(monkeypatch, chosen):
+    monkeypatch.setenv("FASTINTERP_BACKEND", chosen)
+    function, tensors = list(cases())[3]
     first, second = (function(*tensors) for _ in range(2))
     assert all(map(torch.equal, first, second))
 
@@ -137,13 +152,13 @@ def test_layers_repeat_bit_for_bit(triton_backend):
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize("kind", ["identity", "relu", "leaky_relu", "softplus", "silu", "gelu"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_batch_norm_act(triton_backend, dtype, kind, training):
+def test_batch_norm_act(twin_backend, dtype, kind, training):
     for case in NORM_CASES + NORM_SHAPES + NORM_LARGE:
         check_batch_norm_act(case, dtype, kind, training, device="cuda")
 
 
 @pytest.mark.parametrize("layout", [NCHW, LAST], ids=["nchw", "channels_last"])
-def test_batch_norm_act_with_a_mean_of_a_thousand_standard_deviations(triton_backend, layout):
+def test_batch_norm_act_with_a_mean_of_a_thousand_standard_deviations(twin_backend, layout):
     case = (8, 16, 9, 7), layout, True, True
     check_batch_norm_act(case, torch.float32, "relu", True, shift=2e3, device="cuda")
 
@@ -199,6 +214,7 @@ def cases():
     tensors = [t.cuda() for t in step_inputs((64, 3, 32, 32), torch.float32)]
     yield steps, tensors[:2]
     yield cam, on_device(cam_inputs((50, 100, 10, 7, 7), True, torch.float32))
+    yield kendall_tau, [t.cuda() for t in rows_inputs((60, 700))]
     yield layers, [*torch.randn(2, 32, 64, 15, 15, device="cuda"), torch.rand(64, device="cuda")]
 
 
@@ -206,10 +222,10 @@ def flat(result):
     return [result] if isinstance(result, torch.Tensor) else list(result)
 
 
-@pytest.mark.parametrize("case", [0, 1, 2], ids=["attack_step", "cam_discrepancy", "layers"])
-@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("case", range(4), ids=["steps", "cam", "ranks", "layers"])
+@pytest.mark.parametrize("backend", ["auto", "triton"])
 def test_runs_on_the_current_stream(monkeypatch, backend, case):
-    monkeypatch.setenv("FASTINTERP_BACKEND", "triton" if case else backend)
+    monkeypatch.setenv("FASTINTERP_BACKEND", backend)
     function, tensors = list(cases())[case]
     expected = flat(function(*tensors))
     late = [torch.zeros_like(t) for t in tensors]
@@ -225,10 +241,10 @@ def test_runs_on_the_current_stream(monkeypatch, backend, case):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("case", [0, 1, 2], ids=["attack_step", "cam_discrepancy", "layers"])
-@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("case", range(4), ids=["steps", "cam", "ranks", "layers"])
+@pytest.mark.parametrize("backend", ["auto", "triton"])
 def test_replays_in_a_cuda_graph(monkeypatch, backend, case):
-    monkeypatch.setenv("FASTINTERP_BACKEND", "triton" if case else backend)
+    monkeypatch.setenv("FASTINTERP_BACKEND", backend)
     function, tensors = list(cases())[case]
     static = [torch.rand_like(t) for t in tensors]
     side = torch.cuda.Stream()

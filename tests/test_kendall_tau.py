@@ -33,7 +33,7 @@ def inputs(size, dtype=torch.float32, levels=None):
     return a.to(dtype), b.to(dtype)
 
 
-def same(value, expected):
+def assert_same(value, expected):
     assert value.dtype == torch.float64
     torch.testing.assert_close(value, expected, rtol=0, atol=4e-16, equal_nan=True)
 
@@ -53,7 +53,7 @@ def backend(request, monkeypatch):
 def test_as_scipy(backend, dtype, levels):
     for size in SIZES:
         a, b = inputs(size, dtype, levels)
-        same(kendall_tau(a, b), scipy_tau(a, b))
+        assert_same(kendall_tau(a, b), scipy_tau(a, b))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -63,7 +63,7 @@ def test_long_rows(monkeypatch, columns, dtype):
     monkeypatch.setenv("FASTINTERP_BACKEND", "cpu")
     for levels in (None, 3, 200):
         a, b = inputs((2, columns), dtype, levels)
-        same(kendall_tau(a, b), scipy_tau(a, b))
+        assert_same(kendall_tau(a, b), scipy_tau(a, b))
 
 
 def test_hand_written_values(backend):
@@ -71,7 +71,7 @@ def test_hand_written_values(backend):
     b = torch.tensor([[1.0, 2, 3, 4], [4, 3, 2, 1], [1, 2, 1, 2], [5, 6, 7, 8]])
     # In the last row the zeros are one tie of six pairs: 5 / sqrt(5 * 6).
     expected = torch.tensor([1.0, -1.0, 0.0, math.sqrt(5 / 6)], dtype=torch.float64)
-    same(kendall_tau(a, b), expected)
+    assert_same(kendall_tau(a, b), expected)
 
 
 def test_constant_rows_and_nans_are_nan_and_infinities_are_values(backend):
@@ -82,10 +82,10 @@ def test_constant_rows_and_nans_are_nan_and_infinities_are_values(backend):
     b = torch.tensor([[1.0, 2, 3], [2, 2, 2], [1, 2, 3], [1, 2, nan], [-9, inf, inf], [1, 2, 0]])
     value = kendall_tau(a, b)
     assert value[:4].isnan().all() and value[4:].isfinite().all()
-    same(value, scipy_tau(a, b))
+    assert_same(value, scipy_tau(a, b))
     if backend == "cpu":  # also where long rows are sorted
         a, b = a.repeat(1, 700), b.repeat(1, 700)
-        same(kendall_tau(a, b), scipy_tau(a, b))
+        assert_same(kendall_tau(a, b), scipy_tau(a, b))
 
 
 def test_close_float64_values_are_no_ties(backend):
@@ -97,9 +97,9 @@ def test_close_float64_values_are_no_ties(backend):
 def test_views(backend):
     a, b = inputs((6, 12), torch.float64)
     expected = scipy_tau(a[::2, 1::3], b[1::2, ::3])
-    same(kendall_tau(a[::2, 1::3], b[1::2, ::3]), expected)
-    same(kendall_tau(a[:1].expand(6, 12), b), scipy_tau(a[:1].expand(6, 12), b))
-    same(kendall_tau(a.t(), b.t()), scipy_tau(a.t(), b.t()))
+    assert_same(kendall_tau(a[::2, 1::3], b[1::2, ::3]), expected)
+    assert_same(kendall_tau(a[:1].expand(6, 12), b), scipy_tau(a[:1].expand(6, 12), b))
+    assert_same(kendall_tau(a.t(), b.t()), scipy_tau(a.t(), b.t()))
 
 
 def test_same_with_any_number_of_threads(monkeypatch):
@@ -132,9 +132,9 @@ def test_opcheck(backend):
 def test_vmap(backend):
     a, b = inputs((5, 2, 9), levels=4)
     expected = torch.stack([scipy_tau(p, q) for p, q in zip(a, b, strict=True)])
-    same(torch.vmap(kendall_tau)(a, b), expected)
+    assert_same(torch.vmap(kendall_tau)(a, b), expected)
     expected = torch.stack([scipy_tau(p, b[0]) for p in a])
-    same(torch.vmap(kendall_tau, in_dims=(0, None))(a, b[0]), expected)
+    assert_same(torch.vmap(kendall_tau, in_dims=(0, None))(a, b[0]), expected)
 
 
 def test_has_no_derivative(backend):

@@ -10,7 +10,7 @@ using Header = std::tuple<int, int, double, bool, double, std::int64_t, std::int
 BatchNormAct batch_norm_act_params(const Header& h, Address x, Address residual, Address weight,
                                    Address bias, Address mean, Address rstd, Address mask) {
   BatchNormAct p{};
-  p.dtype = cpu_dtype(std::get<0>(h));
+  p.dtype = static_cast<DType>(std::get<0>(h));
   p.activation = static_cast<Activation>(std::get<1>(h));
   p.alpha = std::get<2>(h);
   p.training = std::get<3>(h);
@@ -30,14 +30,7 @@ BatchNormAct batch_norm_act_params(const Header& h, Address x, Address residual,
   return p;
 }
 
-void run(BatchNormAct& p, void (*kernel)(const BatchNormAct&)) {
-  py::gil_scoped_release release;
-  const Scratch scratch = allocate(cpu::batch_norm_act_scratch_bytes(p));
-  p.scratch = scratch.get();
-  kernel(p);
-}
-
-void forward(const Header& h, Address x, Address residual, Address weight, Address bias,
+BatchNormAct forward(const Header& h, Address x, Address residual, Address weight, Address bias,
              Address mean, Address rstd, Address mask, Address running_mean, Address running_var,
              Address y, Address unbiased_var) {
   BatchNormAct p = batch_norm_act_params(h, x, residual, weight, bias, mean, rstd, mask);
@@ -45,11 +38,11 @@ void forward(const Header& h, Address x, Address residual, Address weight, Addre
   p.running_var = pointer(running_var);
   p.y = pointer(y);
   p.unbiased_var = pointer(unbiased_var);
-  run(p, &cpu::batch_norm_act_forward);
+  return p;
 }
 
-void backward(const Header& h, Address x, Address residual, Address weight, Address bias,
-              Address mean, Address rstd, Address mask, Address gy, Address addend, Address gx,
+BatchNormAct backward(const Header& h, Address x, Address residual, Address weight, Address bias,
+                      Address mean, Address rstd, Address mask, Address gy, Address addend, Address gx,
               Address gresidual, Address gweight, Address gbias) {
   BatchNormAct p = batch_norm_act_params(h, x, residual, weight, bias, mean, rstd, mask);
   p.gy = pointer(gy);
@@ -58,10 +51,10 @@ void backward(const Header& h, Address x, Address residual, Address weight, Addr
   p.gresidual = pointer(gresidual);
   p.gweight = pointer(gweight);
   p.gbias = pointer(gbias);
-  run(p, &cpu::batch_norm_act_backward);
+  return p;
 }
 
-void backward_backward(const Header& h, Address x, Address residual, Address weight, Address bias,
+BatchNormAct backward_backward(const Header& h, Address x, Address residual, Address weight, Address bias,
                        Address mean, Address rstd, Address mask, Address gy, Address v, Address u,
                        Address a_weight, Address a_bias, Address sum_gx, Address sum_g, Address ggy,
                        Address gx2, Address gresidual2, Address gweight2, Address gbias2) {
@@ -78,15 +71,54 @@ void backward_backward(const Header& h, Address x, Address residual, Address wei
   p.gresidual2 = pointer(gresidual2);
   p.gweight2 = pointer(gweight2);
   p.gbias2 = pointer(gbias2);
-  run(p, &cpu::batch_norm_act_backward_backward);
+  return p;
 }
+
+// Binds cpu_NAME, whose arguments are those of `params`.
+template <typename... Args>
+void define_cpu(py::module_& m, const char* name, BatchNormAct (*params)(Args...),
+                void (*kernel)(const BatchNormAct&)) {
+  m.def(name, [=](Args... args) {
+    BatchNormAct p = params(args...);
+    p.dtype = cpu_dtype(static_cast<int>(p.dtype));
+    py::gil_scoped_release release;
+    const Scratch scratch = allocate(cpu::batch_norm_act_scratch_bytes(p));
+    p.scratch = scratch.get();
+    kernel(p);
+  });
+}
+
+#ifdef FASTINTERP_WITH_CUDA
+// Binds cuda_NAME: the same, the scratch memory and the stream.
+template <typename... Args>
+void define_cuda(py::module_& m, const char* name, BatchNormAct (*params)(Args...),
+                 int (*kernel)(const BatchNormAct&, void*)) {
+  m.def(name, [=](Args... args, Address scratch, Address stream) {
+    BatchNormAct p = params(args...);
+    p.scratch = pointer(scratch);
+    launch("batch_norm_act", p, kernel, stream);
+  });
+}
+
+std::int64_t cuda_scratch_bytes(const Header& h) {
+  return cuda::batch_norm_act_scratch_bytes(batch_norm_act_params(h, 0, 0, 0, 0, 0, 0, 0));
+}
+#endif
 
 }  // namespace
 
 void bind_batch_norm_act(py::module_& m) {
-  m.def("cpu_batch_norm_act_forward", &forward);
-  m.def("cpu_batch_norm_act_backward", &backward);
-  m.def("cpu_batch_norm_act_backward_backward", &backward_backward);
+  define_cpu(m, "cpu_batch_norm_act_forward", forward, cpu::batch_norm_act_forward);
+  define_cpu(m, "cpu_batch_norm_act_backward", backward, cpu::batch_norm_act_backward);
+  define_cpu(m, "cpu_batch_norm_act_backward_backward", backward_backward,
+             cpu::batch_norm_act_backward_backward);
+#ifdef FASTINTERP_WITH_CUDA
+  m.def("cuda_batch_norm_act_scratch_bytes", &cuda_scratch_bytes);
+  define_cuda(m, "cuda_batch_norm_act_forward", forward, cuda::batch_norm_act_forward);
+  define_cuda(m, "cuda_batch_norm_act_backward", backward, cuda::batch_norm_act_backward);
+  define_cuda(m, "cuda_batch_norm_act_backward_backward", backward_backward,
+              cuda::batch_norm_act_backward_backward);
+#endif
 }
 
 }  // namespace fastinterp

@@ -1,18 +1,5 @@
-// y = phi(gamma xh + beta + residual), xh = (x - mean) rstd, and its first two derivatives.
-//
-// With g = phi'(z) gy, s1 = sum g, s2 = sum g xh, M elements a channel (sums are per channel):
-//     gx        = gamma rstd (g - s1/M - xh s2/M)            batch statistics
-//               = gamma rstd g                               running statistics
-//     gresidual = g      ggamma = s2      gbeta = s1
-// With cotangents v of gx, u of gresidual, a_gamma and a_beta, w = phi''(z) gy:
-//     q    = gamma rstd (v - Sv/M - xh Svx/M) + u + a_gamma xh + a_beta
-//     ggy  = phi'(z) q       h = w q (cotangent of z)       gresidual2 = h
-//     gx2  = -(gamma rstd^2/M) [a xh + s2 (v - Sv/M - xh Svx/M) + Svx (g - s1/M - xh s2/M)]
-//            + rstd a_gamma (g - s1/M - xh s2/M) + gamma rstd (h - H1/M - xh H2/M)
-//     a    = Svg - Sv s1/M - Svx s2/M      ggamma2 = rstd a + H2      gbeta2 = H1
-// where Sv = sum v, Svx = sum v xh, Svg = sum v g, H1 = sum h, H2 = sum h xh. With running statistics
-// only a = Svg, rstd a_gamma g and gamma rstd h remain. h is linear in what the sums give, so one
-// pass collects them all.
+// The formulas are in ../batch_norm.h; one pass sums, another applies what follows from the sums.
+#include "../batch_norm.h"
 #include "strips.h"
 
 namespace fastinterp {
@@ -47,10 +34,10 @@ struct Kernel {
     const Kernel k(params);
     return (kSecond * k.lanes + 8) * sizeof(A) + partial_size(k.g, kMaxSums) * sizeof(double);
   }
-  static constexpr int kMaxSums = 10;
+  static constexpr int kMaxSums = kSumsSmooth;
 
-  // M; an empty batch has sums of zero, and they stay zero.
-  double elements() const { return g.count() > 0 ? g.count() : 1; }
+  // 1/M with batch statistics; an empty batch has sums of zero, and they stay zero.
+  double share() const { return p.training ? 1.0 / (g.count() > 0 ? g.count() : 1) : 0; }
 
   static const A* vector(const void* data) { return static_cast<const A*>(data); }
   static A at(const void* data, std::int64_t c, A otherwise) {
@@ -172,22 +159,18 @@ struct Kernel {
       });
     };
     const auto combine = [&](std::int64_t c, const double* total) {
-      double mean, var;
+      NormStatistics of{};
       if (p.training) {
-        const double shift = total[0] / elements();
-        mean = values[kMean * lanes + c] + shift;
-        var = total[1] / elements() - shift * shift;
-        if (var < 0) var = 0;
-        const double others = g.count() > 1 ? g.count() - 1 : 1;
-        static_cast<A*>(p.unbiased_var)[c] = static_cast<A>(var * g.count() / others);
+        of = norm_statistics(values[kMean * lanes + c], total[0], total[1], g.count());
+        static_cast<A*>(p.unbiased_var)[c] = static_cast<A>(of.unbiased_var);
       } else {
-        mean = vector(p.running_mean)[c];
-        var = vector(p.running_var)[c];
+        of.mean = vector(p.running_mean)[c];
+        of.var = vector(p.running_var)[c];
       }
-      const A rstd = A(1) / root(static_cast<A>(var + p.eps));
-      static_cast<A*>(p.mean)[c] = static_cast<A>(mean);
+      const A rstd = A(1) / root(static_cast<A>(of.var + p.eps));
+      static_cast<A*>(p.mean)[c] = static_cast<A>(of.mean);
       static_cast<A*>(p.rstd)[c] = rstd;
-      set_affine(c, static_cast<A>(mean), rstd);
+      set_affine(c, static_cast<A>(of.mean), rstd);
     };
     const auto apply = [&](const Strips& strips) FI_NOINLINE {
       const Lanes<A, kAffine> lane(g, values, strips.c);
@@ -240,9 +223,10 @@ struct Kernel {
       });
     };
     const auto combine = [&](std::int64_t c, const double* total) {
-      const double scale = p.training ? values[kScale * lanes + c] / elements() : 0;
-      set(kConst, c, -scale * total[0]);
-      set(kX, c, -scale * total[1] * values[kRstd * lanes + c]);
+      const NormBackward by = norm_backward(values[kScale * lanes + c], values[kRstd * lanes + c],
+                                            total[0], total[1], share());
+      set(kConst, c, by.constant);
+      set(kX, c, by.by_d);
       if (p.gbias != nullptr) static_cast<A*>(p.gbias)[c] = static_cast<A>(total[0]);
       if (p.gweight != nullptr) static_cast<A*>(p.gweight)[c] = static_cast<A>(total[1]);
     };
@@ -272,9 +256,7 @@ struct Kernel {
     two_passes<2>(g, partial, need_sums, gx != nullptr || gresidual != nullptr, sum, combine, apply);
   }
 
-  // sums of the second order: v, v xh, v g; then with w = phi'' gy the seven that make H1 and H2
-  enum { kSv, kSvx, kSvg, kSw, kSwx, kSwxx, kSvw, kSvwx, kSuw, kSuwx };
-  static constexpr int kSums = kSmooth ? kMaxSums : 3;
+  static constexpr int kSums = kSmooth ? kSumsSmooth : kSumsPiecewise;
 
   void backward_backward() const {
     load_affine();
@@ -287,50 +269,31 @@ struct Kernel {
         sum_rows<T, kSums>(
             strip, out, stride, [&](auto pack, std::int64_t r, std::int64_t j, auto* sum) {
               using P = decltype(pack);
-              const auto xh = element.template normalised<P>(r, j);
-              const auto gyj = P::load(element.gy.at(r, j)), vj = P::load(element.v.at(r, j));
-              sum[kSv] += vj;
-              sum[kSvx] += vj * xh;
-              sum[kSvg] += vj * element.template times<P>(element.template slope<P>(r, j), gyj);
+              const auto gyj = P::load(element.gy.at(r, j));
+              typename P::X u{}, w{};
               if constexpr (kSmooth) {
-                const auto w = element.template curvature<P>(r, j) * gyj, vw = vj * w;
-                const auto uw = P::load(element.u.at(r, j)) * w;
-                sum[kSw] += w;
-                sum[kSwx] += w * xh;
-                sum[kSwxx] += w * xh * xh;
-                sum[kSvw] += vw;
-                sum[kSvwx] += vw * xh;
-                sum[kSuw] += uw;
-                sum[kSuwx] += uw * xh;
+                u = P::load(element.u.at(r, j));
+                w = element.template curvature<P>(r, j) * gyj;
               }
+              add_second_terms<kSmooth>(
+                  sum, element.template normalised<P>(r, j), P::load(element.v.at(r, j)),
+                  element.template times<P>(element.template slope<P>(r, j), gyj), u, w);
             });
       });
     };
     const auto combine = [&](std::int64_t c, const double* total) {
-      const double rstd = values[kRstd * lanes + c], scale = values[kScale * lanes + c];
-      const double a_weight = at(p.a_weight, c, A(0)), a_bias = at(p.a_bias, c, A(0));
-      const double share = p.training ? 1 / elements() : 0;  // 1/M, or no batch statistics
-      const double mean_v = total[kSv] * share, mean_vx = total[kSvx] * share;
-      const double mean_g = at(p.sum_g, c, A(0)) * share, mean_gx = at(p.sum_gx, c, A(0)) * share;
-      const double q_const = a_bias - scale * mean_v, q_x = a_weight - scale * mean_vx;
-      double h1 = 0, h2 = 0;
-      if constexpr (kSmooth) {
-        h1 = scale * total[kSvw] + total[kSuw] + q_x * total[kSwx] + q_const * total[kSw];
-        h2 = scale * total[kSvwx] + total[kSuwx] + q_x * total[kSwxx] + q_const * total[kSwx];
-      }
-      const double a = total[kSvg] - total[kSv] * mean_g - total[kSvx] * mean_gx;
-      if (p.gweight2 != nullptr) static_cast<A*>(p.gweight2)[c] = static_cast<A>(rstd * a + h2);
-      if (p.gbias2 != nullptr) static_cast<A*>(p.gbias2)[c] = static_cast<A>(h1);
-      // gx2 = const + x xh + v v + g g + scale h
-      const double by_v = -scale * rstd * mean_gx, by_g = rstd * (a_weight - scale * mean_vx);
-      set(kQConst, c, q_const);
-      set(kQX, c, q_x * rstd);
-      set(kGV, c, by_v);
-      set(kGG, c, by_g);
-      set(kGConst, c, -by_v * mean_v - by_g * mean_g - scale * h1 * share);
-      const double by_xh =
-          -scale * rstd * a * share - by_v * mean_vx - by_g * mean_gx - scale * h2 * share;
-      set(kGX, c, by_xh * rstd);
+      const NormSecond by = norm_second<kSmooth>(
+          {values[kScale * lanes + c], values[kRstd * lanes + c], at(p.a_weight, c, A(0)),
+           at(p.a_bias, c, A(0)), at(p.sum_g, c, A(0)), at(p.sum_gx, c, A(0)), share()},
+          total);
+      if (p.gweight2 != nullptr) static_cast<A*>(p.gweight2)[c] = static_cast<A>(by.gweight);
+      if (p.gbias2 != nullptr) static_cast<A*>(p.gbias2)[c] = static_cast<A>(by.gbias);
+      set(kQConst, c, by.q_constant);
+      set(kQX, c, by.q_d);
+      set(kGConst, c, by.constant);
+      set(kGX, c, by.by_d);
+      set(kGV, c, by.by_v);
+      set(kGG, c, by.by_g);
     };
     const auto apply = [&](const Strips& strips) FI_NOINLINE {
       const Lanes<A, kSecond> lane(g, values, strips.c);

@@ -74,8 +74,7 @@ struct Narrow {
 template <typename T, Activation K>
 struct Phi {
   using A = acc_t<T>;
-  static constexpr bool smooth =
-      K == Activation::softplus || K == Activation::silu || K == Activation::gelu;
+  static constexpr bool smooth = is_smooth<K>;
 
   template <typename P>
   static typename P::X value(typename P::X z, [[maybe_unused]] A alpha) {
@@ -104,12 +103,8 @@ struct Phi {
                              [[maybe_unused]] A alpha) {
     if constexpr (smooth) {
       return slope * v;
-    } else if constexpr (K == Activation::identity) {
-      return v;
-    } else if constexpr (K == Activation::relu) {
-      return slope ? v : typename P::X{};
     } else {
-      return slope ? v : alpha * v;
+      return gated<K>(slope, v, alpha);
     }
   }
   // of a smooth phi

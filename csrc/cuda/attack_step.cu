@@ -2,24 +2,22 @@
 // block. Every kernel only launches on the caller's stream, so it can be captured in a CUDA graph.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <cuda_runtime.h>
 
 #include <cfloat>
 #include <cstdint>
 
 #include "../kernels.h"
 #include "../math.h"
+#include "launch.cuh"
 
 namespace fastinterp {
 namespace cuda {
 namespace {
 
-constexpr int kWarp = 32;
 constexpr int kLinfThreads = 256;
 constexpr int kLinfVectors = 2;  // per thread and tensor: six independent loads in flight
 constexpr int kL2Threads = 1024;
 constexpr int kVectorBytes = 16;
-constexpr std::int64_t kMaxGrid = 0x7fffffff;
 
 template <typename T, int kWidth>
 struct alignas(sizeof(T) * kWidth) Vector {
@@ -214,34 +212,23 @@ bool aligned(const AttackStep& p) {
   return addresses % kVectorBytes == 0;
 }
 
-// Blocks of at most `most` threads, whole warps, no larger than `needed` asks for.
-unsigned block_size(std::int64_t needed, int most) {
-  const std::int64_t warps = (needed + kWarp - 1) / kWarp;
-  const std::int64_t limit = most / kWarp;
-  return static_cast<unsigned>((warps < 1 ? 1 : warps < limit ? warps : limit) * kWarp);
-}
-
-unsigned grid_size(std::int64_t blocks) {
-  return static_cast<unsigned>(blocks < kMaxGrid ? blocks : kMaxGrid);
-}
-
 template <typename T, int kWidth>
 void launch_linf(const Step<T>& s, cudaStream_t stream) {
   const std::int64_t vectors = s.inner / kWidth;
   const unsigned threads = block_size((vectors + kLinfVectors - 1) / kLinfVectors, kLinfThreads);
   const std::int64_t per_block = kLinfVectors * threads;
   const std::int64_t chunks = vectors > per_block ? (vectors + per_block - 1) / per_block : 1;
-  linf_kernel<T, kWidth><<<grid_size(s.examples * chunks), threads, 0, stream>>>(s, chunks);
+  launch(linf_kernel<T, kWidth>, grid_size(s.examples * chunks), threads, stream, s, chunks);
 }
 
 template <typename T, int kWidth>
 void launch_l2(const Step<T>& s, cudaStream_t stream) {
   const unsigned threads = block_size(s.inner / kWidth, kL2Threads);
-  l2_kernel<T, kWidth><<<grid_size(s.examples), threads, 0, stream>>>(s);
+  launch(l2_kernel<T, kWidth>, grid_size(s.examples), threads, stream, s);
 }
 
 template <typename T>
-void launch(const AttackStep& p, cudaStream_t stream) {
+void run(const AttackStep& p, cudaStream_t stream) {
   using A = acc_t<T>;
   constexpr int kWidth = kVectorBytes / sizeof(T);
   Step<T> s{p.examples,
@@ -276,16 +263,16 @@ int attack_step(const AttackStep& p, void* stream) {
   const cudaStream_t s = static_cast<cudaStream_t>(stream);
   switch (p.dtype) {
     case DType::f32:
-      launch<float>(p, s);
+      run<float>(p, s);
       break;
     case DType::f64:
-      launch<double>(p, s);
+      run<double>(p, s);
       break;
     case DType::bf16:
-      launch<__nv_bfloat16>(p, s);
+      run<__nv_bfloat16>(p, s);
       break;
     case DType::f16:
-      launch<__half>(p, s);
+      run<__half>(p, s);
       break;
     default:
       return cudaErrorInvalidValue;

@@ -1,18 +1,14 @@
 // Every pair of a row is compared once. A row is cut into tiles; a thread holds one element of a tile
 // and meets half of its own tile and half of the other tiles, going round: element i meets i + 1,
 // i + 2, ... modulo their number. So all threads, and all blocks, have the same work.
-#include <cuda_runtime.h>
-
-#include <cstdint>
-
 #include "../kernels.h"
 #include "../math.h"
+#include "launch.cuh"
 
 namespace fastinterp {
 namespace cuda {
 namespace {
 
-constexpr int kWarp = 32;
 constexpr int kTile = 256;  // elements, and threads of a block
 
 // How many of the elements (or tiles) after number i it meets, of `count` in a ring: each pair once.
@@ -136,26 +132,16 @@ std::int64_t tiles_of(std::int64_t columns) {
   return columns <= kTile ? 1 : (columns + kTile - 1) / kTile;
 }
 
-unsigned grid_size(std::int64_t blocks) {
-  return static_cast<unsigned>(blocks < 0x7fffffff ? blocks : 0x7fffffff);
-}
-
-unsigned whole_warps(std::int64_t threads) {
-  const std::int64_t warps = (threads + kWarp - 1) / kWarp;
-  return static_cast<unsigned>((warps < 1 ? 1 : warps < kTile / kWarp ? warps : kTile / kWarp) *
-                               kWarp);
-}
-
 template <typename A>
-void launch(const KendallTau& p, cudaStream_t stream) {
+void run(const KendallTau& p, cudaStream_t stream) {
   const std::int64_t tiles = tiles_of(p.columns);
   PairCounts* partial = tiles == 1 ? nullptr : static_cast<PairCounts*>(p.scratch);
-  pairs_kernel<A><<<grid_size(p.rows * tiles), whole_warps(p.columns), 0, stream>>>(
-      static_cast<const A*>(p.a), static_cast<const A*>(p.b), p.rows, p.columns, tiles, partial,
-      p.tau);
+  launch(pairs_kernel<A>, grid_size(p.rows * tiles), block_size(p.columns, kTile), stream,
+         static_cast<const A*>(p.a), static_cast<const A*>(p.b), p.rows, p.columns, tiles, partial,
+         p.tau);
   if (tiles > 1) {
-    totals_kernel<<<grid_size(p.rows), whole_warps(tiles), 0, stream>>>(partial, p.rows, tiles,
-                                                                        p.tau);
+    launch(totals_kernel, grid_size(p.rows), block_size(tiles, kTile), stream, partial, p.rows,
+           tiles, p.tau);
   }
 }
 
@@ -171,10 +157,10 @@ int kendall_tau(const KendallTau& p, void* stream) {
   const cudaStream_t s = static_cast<cudaStream_t>(stream);
   switch (p.dtype) {
     case DType::f32:
-      launch<float>(p, s);
+      run<float>(p, s);
       break;
     case DType::f64:
-      launch<double>(p, s);
+      run<double>(p, s);
       break;
     default:
       return cudaErrorInvalidValue;

@@ -16,7 +16,7 @@ import torch
 from fastinterp import _native
 
 BACKENDS = ("auto", "cpu", "cuda", "triton", "reference")
-PREFERENCE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+_ON_DEVICE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 # Codes of csrc/kernels.h.
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -26,7 +26,8 @@ _DTYPES = {
     "triton": tuple(DTYPE_CODES),
 }
 
-# op name -> the backends that have a kernel for it; filled by the op files
+# op name -> the backends that have a kernel for it, the preferred one of a device first; filled by
+# the op files
 KERNELS: dict[str, tuple[str, ...]] = {}
 
 # what was decided for (op, device, dtype, FASTINTERP_BACKEND, core); a fallback warns once
@@ -88,7 +89,9 @@ def decide(op: str, device: str, dtype: torch.dtype) -> tuple[str, dict[str, str
             )
         return requested, {}
     reasons = {}
-    for backend in PREFERENCE.get(device, ()):
+    for backend in KERNELS[op]:
+        if backend not in _ON_DEVICE.get(device, ()):
+            continue
         reason = why_not(backend, op, device, dtype)
         if reason is None:
             return backend, reasons
@@ -107,6 +110,12 @@ def choose(op: str, tensor: torch.Tensor) -> str:
         if backend == "reference" and os.environ.get("FASTINTERP_BACKEND") != "reference":
             _warn(op, device, dtype, reasons)
     return backend
+
+
+def run_cuda(kernel: str, device: torch.device, *arguments) -> None:
+    """Launches the core's ``kernel`` on torch's current stream of ``device``."""
+    with torch.cuda.device(device):
+        getattr(_native.core, kernel)(*arguments, torch.cuda.current_stream().cuda_stream)
 
 
 def is_small(x: torch.Tensor, below: int) -> bool:

@@ -1,4 +1,4 @@
-"""fastinterp::batch_norm_act in plain torch, as the formulas of csrc/cpu/batch_norm_act.cpp read.
+"""fastinterp::batch_norm_act in plain torch, as the formulas of csrc/batch_norm.h read.
 
 ``kind`` is (training, eps, activation, alpha); ``mask`` is boolean, of the shape of x.
 """

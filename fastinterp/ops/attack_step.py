@@ -197,9 +197,7 @@ def _run(x, grad, origin, eps, step_size, norm, clip_min, clip_max, inplace):
         clip_max,
     )
     if backend == "cuda":
-        with torch.cuda.device(x.device):
-            stream = torch.cuda.current_stream().cuda_stream
-            _native.core.cuda_attack_step(*args, stream)
+        _backend.run_cuda("cuda_attack_step", x.device, *args)
     else:
         _native.core.cpu_attack_step(*args, torch.get_num_threads())
     return out

@@ -2,7 +2,7 @@
 
     y = phi(gamma xh + beta + residual)        xh = (x - mean) rstd, per channel
 
-Three ops: forward, backward and backward of the backward; csrc/cpu/batch_norm_act.cpp has the
+Three ops: forward, backward and backward of the backward; csrc/batch_norm.h has the
 formulas, _batch_norm_act_reference.py the same in plain torch. Kept for the backward passes:
 
     activation        without residual       with residual
@@ -60,7 +60,7 @@ torch.library.define(
     " -> (Tensor ggy, Tensor gx, Tensor gresidual, Tensor gweight, Tensor gbias)",
     tags=torch.Tag.pt2_compliant_tag,
 )
-_backend.KERNELS["batch_norm_act"] = ("cpu", "triton")
+_backend.KERNELS["batch_norm_act"] = ("cpu", "cuda", "triton")
 
 
 def batch_norm_act(
@@ -217,6 +217,17 @@ def _header(x, kind):
     )
 
 
+def _launch(backend, name, x, kind, *addresses):
+    """Calls the compiled kernel ``name`` for CPU or CUDA tensors."""
+    header, core = _header(x, kind), _native.core
+    if backend == "cpu":
+        getattr(core, f"cpu_{name}")(header, *addresses)
+        return
+    size = core.cuda_batch_norm_act_scratch_bytes(header)
+    scratch = torch.empty(size, dtype=torch.uint8, device=x.device)
+    _backend.run_cuda(f"cuda_{name}", x.device, header, *addresses, scratch.data_ptr())
+
+
 def _results(x, acc, tensors, vectors):
     """Unfilled results, empty where not wanted: like x, then one value per channel."""
     return [
@@ -255,8 +266,8 @@ def _forward(x, residual, weight, bias, running_mean, running_var, *kind):
         given, affine = (x, residual, *_backend.or_none(mask)), (weight, bias, mean, rstd)
         launch(given, affine, running_mean, running_var, y, unbiased_var, kind, _rows(x))
         return results
-    _native.core.cpu_batch_norm_act_forward(
-        _header(x, kind),
+    _launch(
+        *(backend, "batch_norm_act_forward", x, kind),
         *_backend.addresses(x, residual, weight, bias, mean, rstd, mask),
         *_backend.addresses(running_mean, running_var, y, unbiased_var),
     )
@@ -284,8 +295,8 @@ def _backward_impl(gy, x, residual, mask, weight, bias, mean, rstd, proxy, adden
         given, affine = (x, residual, mask), (weight, bias, mean, rstd)
         launch(given, affine, gy, addend, *_backend.or_none(*results), kind, _rows(x))
         return results
-    _native.core.cpu_batch_norm_act_backward(
-        _header(x, kind),
+    _launch(
+        *(backend, "batch_norm_act_backward", x, kind),
         *_backend.addresses(x, residual, weight, bias, mean, rstd, mask, gy, addend),
         *_backend.addresses(*results),
     )
@@ -320,8 +331,8 @@ def _backward_backward_impl(
             given, affine, gy, cotangents, first, *_backend.or_none(*results), kind, _rows(x)
         )
         return results
-    _native.core.cpu_batch_norm_act_backward_backward(
-        _header(x, kind),
+    _launch(
+        *(backend, "batch_norm_act_backward_backward", x, kind),
         *_backend.addresses(
             x, residual, weight, bias, mean, rstd, mask, gy, v, u, a_weight, a_bias
         ),

@@ -93,9 +93,7 @@ def _forward(a, b):
     if backend == "cuda":
         size = core.cuda_kendall_tau_scratch_bytes(*a.shape)
         scratch = torch.empty(size, dtype=torch.uint8, device=a.device)
-        with torch.cuda.device(a.device):
-            stream = torch.cuda.current_stream().cuda_stream
-            core.cuda_kendall_tau(*shape, *tensors, scratch.data_ptr(), stream)
+        _backend.run_cuda("cuda_kendall_tau", a.device, *shape, *tensors, scratch.data_ptr())
     else:
         core.cpu_kendall_tau(*shape, *tensors, torch.get_num_threads())
     return tau

@@ -1,6 +1,6 @@
 """batch_norm_act as Triton kernels: forward and backward; the second order is beside it.
 
-The formulas are in csrc/cpu/batch_norm_act.cpp. An order is three kernels: partial sums over chunks
+The formulas are in csrc/batch_norm.h. An order is three kernels: partial sums over chunks
 of the tensor, their totals made into a few values per channel in float64, and one pass that applies
 these. Nothing is accumulated with atomics, so results repeat bit for bit. With d = x - mean:
 
