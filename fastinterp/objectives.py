@@ -31,8 +31,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fastinterp._checks import values_unread
 from fastinterp._state import uncounted
-from fastinterp.attacks import attacked, maximise, pgd
+from fastinterp.attacks import attacked, maximise
 from fastinterp.fusion import fuse
 from fastinterp.maps import CamNetwork, find_cam_network
 from fastinterp.maps._target import parse
@@ -85,23 +86,29 @@ class Objective(nn.Module):
         self._network: CamNetwork | None = None  # made once: a loop's model stays what it is
 
     def forward(
-        self, x: torch.Tensor, y: torch.Tensor, eps: float, start: torch.Tensor | None
+        self,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        eps: float | torch.Tensor,
+        start: torch.Tensor | None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss and its parts for one batch.
 
         Args:
             x: images (N, C, H, W) in [0,1].
             y: int64 (N,).
-            eps: radius at this step of the schedule; at 0 there is nothing to maximise.
+            eps: radius at this step of the schedule; at 0 there is nothing to maximise. A tensor
+                of shape () on x's device, as a CUDA graph wants it, must hold a positive number.
             start: the random start, like x, or None when eps is 0.
 
         Returns:
             The scalar to minimise and detached scalars to log.
         """
-        if eps == 0:
+        if _nothing_to_maximise(eps):
             ce = self._ce(self.model(x), y)
             return ce, {"ce": ce.detach(), **{part: torch.zeros_like(ce) for part in self.PARTS}}
-        return self.attacked_loss(x, y, eps, start)
+        with values_unread():
+            return self.attacked_loss(x, y, eps, start)
 
     PARTS: tuple[str, ...] = ()  # what is logged beside CE
 
@@ -114,6 +121,10 @@ class Objective(nn.Module):
         return self._network
 
 
+def _nothing_to_maximise(eps) -> bool:
+    return not isinstance(eps, torch.Tensor) and eps == 0
+
+
 class Normal(Objective):
     def forward(self, x, y, eps, start):
         return self._ce(self.model(x), y), {}
@@ -121,9 +132,15 @@ class Normal(Objective):
 
 class Adv(Objective):
     def forward(self, x, y, eps, start):
-        if eps > 0:
-            network = self._found_network(x)
-            x = pgd(self.model, x, y, eps=eps, start=start, network=network, **self._attack)
+        if not _nothing_to_maximise(eps):
+            with attacked(self.model, self._found_network(x)) as logits:
+                x = maximise(
+                    lambda z: F.cross_entropy(logits(z), y, reduction="none"),
+                    x,
+                    eps=eps,
+                    start=start,
+                    **self._attack,
+                )
         return self._ce(self.model(x), y), {}
 
 

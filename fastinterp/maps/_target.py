@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from fastinterp._checks import extremes
+
 OF = ("logit", "log_prob", "loss")
 
 
@@ -32,9 +34,9 @@ class Classes(NamedTuple):
         """Raises ValueError unless every class is one of ``classes``."""
         if self.index is None and self.single and classes != 1:
             raise ValueError(f"target must be given: the model has {classes} outputs")
-        if self.index is None or self.index.numel() == 0:
+        if self.index is None or (values := extremes(self.index)) is None:
             return
-        low, high = (v.item() for v in torch.aminmax(self.index))
+        low, high = values
         if low < 0 or high >= classes:
             raise ValueError(
                 f"target must be None, a class below {classes}, or one such class per example, "

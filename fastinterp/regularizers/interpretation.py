@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fastinterp._checks import check_attack, check_images, check_labels
+from fastinterp._checks import check_attack, check_images, check_labels, values_unread
 from fastinterp._state import depends_on_mode, uncounted
 from fastinterp.attacks import attacked, maximise, random_start
 from fastinterp.discrepancy import CLASSES, NORMALIZE, NORMS
@@ -138,7 +138,7 @@ class InterpretationRegularizer(nn.Module):
         x: torch.Tensor,
         y: torch.Tensor,
         *,
-        eps: float | None = None,
+        eps: float | torch.Tensor | None = None,
         start: torch.Tensor | None = None,
         attack_target: torch.Tensor | None = None,
         return_aux: bool = False,
@@ -153,7 +153,8 @@ class InterpretationRegularizer(nn.Module):
                 flags, buffers, gradients and hooks are left as they were, but see ``return_aux``.
             x: images (N, C, H, W) within ``clip``.
             y: true classes, int64 (N,).
-            eps: radius for this call (a schedule), default the constructor's.
+            eps: radius for this call (a schedule), default the constructor's; a number or a tensor
+                of shape () or (N,).
             start: perturbation to start from instead of a random one.
             attack_target: int64 (N,): the cross-entropy in ``inner`` is then that of these classes
                 and is lowered instead of raised.
@@ -161,7 +162,7 @@ class InterpretationRegularizer(nn.Module):
                 counts as one: running statistics move once.
             counts: "x", or "x_adv" where it is the cross-entropy of ``logits_adv`` that is
                 minimised: the pass over x' counts instead.
-            validate: check x and y, which on a GPU waits for the device.
+            validate: check the values of x and y, which on a GPU waits for the device.
             network: CamNetwork of ``model``, for a loop that knows the model does not change; by
                 default it is made anew, which costs a forward pass of one image.
 
@@ -188,7 +189,8 @@ class InterpretationRegularizer(nn.Module):
             start = random_start(x, eps, self._attack["norm"])
 
         loan = borrowed(model, x, differentiable=True, counts=True)
-        with loan as model, uncounted(model) as counted:
+        read = nullcontext() if validate else values_unread()
+        with read, loan as model, uncounted(model) as counted:
             own = counted if return_aux else nullcontext
             explained = self._explained(model, x, y, network)
 

@@ -18,13 +18,16 @@ class EpsilonHatAdam(torch.optim.Adam):
     which is torch's update with eps / sqrt(1 - beta2^t) in place of eps. Source: Kingma and Ba
     (2015), the remark after Algorithm 1.
 
+    On a GPU nothing waits for the host and the count of steps is on the device, so that a step may
+    be part of a CUDA graph; one whose ``lr`` is a tensor on the device follows its value.
+
     Args:
         params: parameters to update.
-        lr: learning rate.
+        lr: learning rate; on a GPU also a tensor of shape ().
         eps: added to sqrt(v), not to its bias-corrected form.
     """
 
-    def __init__(self, params, lr: float, betas=(0.9, 0.999), eps: float = 1e-8):
+    def __init__(self, params, lr, betas=(0.9, 0.999), eps: float = 1e-8):
         super().__init__(params, lr=lr, betas=betas, eps=eps, fused=True)
         for group in self.param_groups:
             group["eps_hat"] = eps
@@ -32,10 +35,47 @@ class EpsilonHatAdam(torch.optim.Adam):
 
     @torch.no_grad()
     def step(self, closure=None):
+        if any(p.device.type == "cuda" for group in self.param_groups for p in group["params"]):
+            loss = None if closure is None else torch.enable_grad()(closure)()
+            for group in self.param_groups:
+                self._step_on_device(group)
+            return loss
         for group in self.param_groups:
             group["steps"] += 1
             group["eps"] = group["eps_hat"] / (1 - group["betas"][1] ** group["steps"]) ** 0.5
         return super().step(closure)
+
+    @torch.no_grad()
+    def _step_on_device(self, group: dict) -> None:
+        """The update with its scalars, steps and lr_t, in float64 on the device."""
+        params = [p for p in group["params"] if p.grad is not None]
+        if not params:
+            return
+        device, (beta1, beta2) = params[0].device, group["betas"]
+        if not isinstance(group["steps"], torch.Tensor) or group["steps"].device != device:
+            group["steps"] = torch.as_tensor(group["steps"], dtype=torch.float64, device=device)
+        for p in params:
+            if not self.state[p]:
+                self.state[p] = {
+                    "step": torch.zeros((), device=device),
+                    "exp_avg": torch.zeros_like(p),
+                    "exp_avg_sq": torch.zeros_like(p),
+                }
+        states = [self.state[p] for p in params]
+        m, v = ([s[name] for s in states] for name in ("exp_avg", "exp_avg_sq"))
+        gradients = [p.grad for p in params]
+        group["steps"] += 1
+        torch._foreach_add_([s["step"] for s in states], 1)
+        t = group["steps"]
+        lr = group["lr"] * torch.sqrt(1 - beta2**t) / (1 - beta1**t)
+        torch._foreach_lerp_(m, gradients, 1 - beta1)
+        torch._foreach_mul_(v, beta2)
+        torch._foreach_addcmul_(v, gradients, gradients, 1 - beta2)
+        update = torch._foreach_sqrt(v)
+        torch._foreach_add_(update, group["eps_hat"])
+        update = torch._foreach_div(m, update)
+        torch._foreach_mul_(update, lr.to(params[0].dtype))
+        torch._foreach_sub_(params, update)
 
 
 def create_optimizer(

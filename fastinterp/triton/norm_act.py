@@ -18,8 +18,8 @@ from fastinterp.triton._channel_tiles import load, pick, plus, store, totals, ve
 
 SIZES = ["examples", "groups", "length", "other", "steps"]  # not worth a compilation each
 _PROGRAMS = 1024  # enough for the device; fixed, so that results do not depend on it
-_ROOM = 2048  # elements of a tile, 8 of every thread; half of that in float64
-_LEAST_ROWS = 16  # pixels of a channel a program, where it writes sums per channel
+_ROOM = 2048  # elements of a tile, 8 of every thread; two in float64
+_LEAST_ROWS = 32  # pixels of a channel a program, where it writes sums per channel
 _CHANNELS = 8  # of a program between the passes: 32 bytes of float32, a sector
 _SMOOTH = ("softplus", "silu", "gelu")
 
@@ -53,7 +53,7 @@ def plan(x, groups, last):
     """The plan for a dense (N, C, ...) tensor that has elements."""
     (examples, channels), pixels = x.shape[:2], x.shape[2:].numel()
     depth = channels // groups
-    room = _ROOM // 2 if x.dtype == torch.float64 else _ROOM
+    room = _ROOM // 4 if x.dtype == torch.float64 else _ROOM
     all_pixels, all_depth = map(triton.next_power_of_2, (pixels, depth))
     if last:
         d = min(all_depth, room)
