@@ -44,6 +44,7 @@ def cuda_kernels():
         yield from re.findall(r"__global__[^;{]*?(\w+_kernel)\(", file.read_text())
 
 
+@pytest.mark.timeout(1800)  # hundreds of kernels, one after the other
 @pytest.mark.parametrize(
     "arch", [90, *(pytest.param(a, marks=pytest.mark.slow) for a in (80, 100))], ids="sm_{}".format
 )
