@@ -1,10 +1,13 @@
 import copy
+import warnings
 
 import pytest
 import torch
+import torch.distributed as dist
 from test_maps import BatchNormNet
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from fastinterp import InterpretationRegularizer, maps
 from fastinterp.attacks import maximise, pgd, random_start
@@ -469,6 +472,44 @@ def test_a_surrogate_shows_the_way_in_a_relu_network(small_net, batch):
     assert values[10.0][0] > values[None][0]
     still = (x + start).clamp(0, 1)
     torch.testing.assert_close(values[None][1].x_adv, still, atol=1e-6, rtol=0)
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["cam", "input_gradient"])
+@pytest.mark.parametrize("wrap", ["compile", "data parallel", "distributed", "all"])
+def test_wrapped_models(smooth, one_process, name, wrap):
+    """A compiled graph has no second derivative, the model inside has; a word is said once."""
+    net, x, y = smooth
+    reg = InterpretationRegularizer(name, classes="two", **ATTACK)
+    start = random_start(x, 0.1)
+    expected = reg(net, x, y, start=start)
+    parameters = list(net.parameters())
+    wanted = torch.autograd.grad(expected, parameters, allow_unused=True)
+    model = net
+    if wrap in ("compile", "all"):
+        model = torch.compile(model, backend="aot_eager")
+    if wrap == "data parallel":
+        model = nn.DataParallel(model)
+    if wrap in ("distributed", "all"):
+        model = DistributedDataParallel(model)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            value = reg(model, x, y, start=start)
+    told = " ".join(str(each.message) for each in seen if each.category is RuntimeWarning)
+    assert told.count("cannot be differentiated again") == (wrap in ("compile", "all"))
+    assert told.count("wrap a module whose forward") == (wrap in ("distributed", "all"))
+    torch.testing.assert_close(value, expected)
+    for got, want in zip(
+        torch.autograd.grad(value, parameters, allow_unused=True), wanted, strict=True
+    ):
+        torch.testing.assert_close(got, want)
 
 
 def test_any_function_is_a_map(smooth):

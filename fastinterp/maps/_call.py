@@ -35,6 +35,21 @@ def _is_compiled(model: nn.Module) -> bool:
     )
 
 
+def _is_distributed(model: nn.Module) -> bool:
+    return isinstance(model, nn.parallel.DistributedDataParallel)
+
+
+_COMPILED = (
+    "the backward pass of a compiled model cannot be differentiated again: fastinterp runs the "
+    "model without torch.compile (fastinterp.compile_step compiles a whole step)"
+)
+_PARALLEL = (
+    "fastinterp runs the module inside DistributedDataParallel: its gradients are averaged over "
+    "the processes only where the same step also calls the wrapper; wrap a module whose forward "
+    "returns the loss instead (fastinterp.objectives are such)"
+)
+
+
 @contextmanager
 def borrowed(
     model: nn.Module,
@@ -60,14 +75,12 @@ def borrowed(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     compiled = _is_compiled(model)
-    if compiled and differentiable and model not in _warned_of:
-        _warned_of.add(model)
-        warnings.warn(
-            "the backward pass of a compiled model cannot be differentiated again: fastinterp.maps "
-            "runs the model without torch.compile (fastinterp.compile_step compiles a whole step)",
-            RuntimeWarning,
-            stacklevel=4,
-        )
+    if differentiable and model not in _warned_of:
+        told = [_COMPILED] * compiled + [_PARALLEL] * _is_distributed(model)
+        if told:
+            _warned_of.add(model)
+        for message in told:
+            warnings.warn(message, RuntimeWarning, stacklevel=4)
     model = unwrapped(model)
     with ExitStack() as stack:
         if compiled:
