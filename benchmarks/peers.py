@@ -48,6 +48,11 @@ def ours(problem: Problem) -> Side:
     return _eager(fastinterp.fuse(problem.network()), problem)
 
 
+def ours_recomputing(problem: Problem) -> Side:
+    side = ours(problem)
+    return side._replace(step=fastinterp.recompute()(side.step))
+
+
 def ours_compiled(problem: Problem) -> Side:
     return _compiled(fastinterp.fuse(problem.network()), problem)
 
@@ -137,6 +142,7 @@ class Entry(NamedTuple):
 
 SIDES = {
     "ours": Entry("fastinterp", ours),
+    "ours-recompute": Entry("fastinterp, recompute", ours_recomputing),
     "eager": Entry("eager", eager),
     "eager-format": Entry("eager {format}", eager_in_our_format),
     "compile": Entry("torch.compile", torch_compile),

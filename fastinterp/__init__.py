@@ -4,6 +4,7 @@ from fastinterp import attacks, attr, discrepancy, maps, metrics, objectives, op
 from fastinterp.compile import compile_step
 from fastinterp.fusion import fuse, unfuse
 from fastinterp.models import create_model, load_weights
+from fastinterp.ops import recompute
 from fastinterp.regularizers import InterpretationRegularizer
 
 __version__ = "0.1.0"
@@ -21,6 +22,7 @@ __all__ = [
     "metrics",
     "objectives",
     "ops",
+    "recompute",
     "regularizers",
     "unfuse",
 ]

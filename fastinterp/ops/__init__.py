@@ -1,5 +1,6 @@
 """Dispatcher ops: one file per op with its schema, checks, reference and derivatives."""
 
+from fastinterp.ops._recompute import recompute
 from fastinterp.ops.activation import activation
 from fastinterp.ops.attack_step import attack_step
 from fastinterp.ops.avg_pool2d import adaptive_avg_pool2d, avg_pool2d
@@ -27,4 +28,5 @@ __all__ = [
     "layer_norm_act",
     "linear",
     "max_pool2d",
+    "recompute",
 ]

@@ -21,6 +21,8 @@ residual and of beta with a piecewise linear phi, all in the second order.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from fastinterp import _native
@@ -35,6 +37,7 @@ from fastinterp.ops._autograd import (
     wanted,
 )
 from fastinterp.ops._layout import contiguous, dense, dense_as, filled, is_channels_last
+from fastinterp.ops._recompute import can_be_made_again
 
 _KIND = "bool training, float eps, str activation, float alpha"
 _INPUTS = "Tensor x, Tensor? residual, Tensor? mask, Tensor? weight, Tensor? bias"
@@ -134,11 +137,12 @@ def batch_norm_act(
     if not training and (running_mean is None or running_var is None):
         raise ValueError("running_mean and running_var are needed when not training")
     acc = _backend.accumulation_dtype(x.dtype)
-    y, mean, _, unbiased_var, _, _ = torch.ops.fastinterp.batch_norm_act(
+    weight, bias = _as(weight, acc), _as(bias, acc)
+    y, mean, rstd, unbiased_var, _, _ = torch.ops.fastinterp.batch_norm_act(
         x,
         residual,
-        _as(weight, acc),
-        _as(bias, acc),
+        weight,
+        bias,
         None if training else running_mean.to(acc),
         None if training else running_var.to(acc),
         training,
@@ -151,7 +155,16 @@ def batch_norm_act(
             for running, batch in ((running_mean, mean), (running_var, unbiased_var)):
                 if running is not None:
                     running.lerp_(batch.to(running.dtype), momentum)
+    if residual is None:
+        given = (t if t is None else t.detach() for t in (x, weight, bias, mean, rstd))
+        can_be_made_again(y, partial(_again, *given, activation, alpha))
     return y
+
+
+@torch.no_grad()
+def _again(x, weight, bias, mean, rstd, activation, alpha):
+    kind = False, 0.0, activation, alpha
+    return torch.ops.fastinterp.batch_norm_act(x, None, weight, bias, mean, rstd**-2, *kind)[0]
 
 
 def _as(vector, dtype):
