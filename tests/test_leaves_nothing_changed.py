@@ -79,6 +79,7 @@ LOSSES = {
     "InterpretationRegularizer, grad_cam": _regularizer("grad_cam", classes="two"),
     "InterpretationRegularizer, input_gradient": _regularizer("input_gradient", softplus_beta=5.0),
     "pgd": lambda model, x, y: fi.attacks.pgd(model, x, y, **ATTACK),
+    "unforeseen": lambda model, x, y: fi.attacks.unforeseen(model, x, y, "gabor", eps=9.0, steps=2),
     **{
         case[0]: _neighbour(case[0], *case[1:-1], **case[-1])
         for case in (

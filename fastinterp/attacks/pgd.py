@@ -61,6 +61,7 @@ def maximise(
     best: bool = False,
     early_stop: bool = False,
     generator: torch.Generator | None = None,
+    step: Callable[..., torch.Tensor] = attack_step,
 ) -> torch.Tensor:
     """Projected gradient ascent on ``objective`` around x, by default its last iterate.
 
@@ -85,6 +86,7 @@ def maximise(
             GPU waits for the device at every step.
         generator: of the restarts' random numbers; by default torch's global one. The draws do not
             depend on which examples are left.
+        step: moves the iterate in place; called as ops.attack_step.
 
     Returns:
         (N, ...), detached.
@@ -100,7 +102,7 @@ def maximise(
         first, last = sizes[0], per_example("final_step_size", final_step_size, centre)
         sizes = [torch.lerp(first, last, k / max(steps - 1, 1)) for k in range(steps)]
     worst = _Worst(centre, early_stop) if best or early_stop or restarts > 1 else None
-    ascend = partial(_ascend, objective, centre, radii, sizes, norm, clip, worst, best)
+    ascend = partial(_ascend, objective, centre, radii, sizes, norm, clip, worst, best, step)
     z = ascend(start)
     for _ in range(restarts - 1):
         again = random_start(centre, eps, norm, generator)
@@ -133,7 +135,7 @@ class _Worst:
         self.x[rows] = torch.where(worse.view(-1, *[1] * (z.dim() - 1)), z, self.x[rows])
 
 
-def _ascend(objective, x, eps, sizes, norm, clip, worst, best, start):
+def _ascend(objective, x, eps, sizes, norm, clip, worst, best, step, start):
     rows = slice(None) if worst is None else worst.left()
     early_stop = worst is not None and worst.early_stop
 
@@ -169,7 +171,7 @@ def _ascend(objective, x, eps, sizes, norm, clip, worst, best, start):
             eps = of(eps, going)
             if len(z) == 0:
                 return z
-        attack_step(
+        step(
             z,
             grad,
             centre,
