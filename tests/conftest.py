@@ -4,6 +4,10 @@ import os
 import sys
 from pathlib import Path
 
+# The workers of pytest-xdist share the cores, and the processes that tests start inherit it.
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
+
 import torch
 
 if not torch.cuda.is_available():
