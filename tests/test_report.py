@@ -168,6 +168,7 @@ def test_protocols_are_the_papers():
     assert paper.eps == (0.05, 0.1, 0.2, 0.3, 0.35, 0.4) and paper.steps == (1, 10, 100, 200)
     assert (paper.examples, paper.seed, paper.step_size, paper.aai_k) == (200, 99, 0.01, 8)
     assert strong.examples == 0 and strong.losses == ("ce", "margin", "dlr")
+    assert dict(strong.unforeseen)["fog"] == 2048 and not paper.unforeseen
     cifar = protocol("paper", "cifar10")
     assert [show_eps(eps, "cifar10") for eps in cifar.eps][:2] == ["2/255", "4/255"]
     assert show_eps(0.2, "mnist") == "0.2"
@@ -253,6 +254,13 @@ def test_strong_protocol_of_a_run_with_its_training_curves(tmp_path):
     for part in ("5 restarts, margin", "5 restarts, dlr", "worst of these", "Training run of int"):
         assert part in text
     assert "Cost of a training step" in text
+    with (tmp_path / "out" / "results.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["attack"] == "jpeg_l1"]
+    assert [(row["network"], row["eps"], row["examples"]) for row in rows] == [
+        *(("normal", "256.0", "6"), ("int", "256.0", "6"))
+    ]
+    (line,) = re.findall(r"\| network +\| clean +\| jpeg_linf 0.25 .*", text)
+    assert line.split(" | ")[-1].startswith("gabor 400")
     assert "Loss and discrepancy in training" in (tmp_path / "out" / "report.html").read_text()
 
 

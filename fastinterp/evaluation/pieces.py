@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from fastinterp.attacks import pgd
+from fastinterp.attacks import pgd, unforeseen
 from fastinterp.data import Dataset
 from fastinterp.evaluation import measure
 from fastinterp.evaluation.accuracy import choose_examples
@@ -104,8 +104,8 @@ def plan(
     def along(network, where, **settings):
         return measure.accuracy_along_steps(network.model, split, where, **settings, **seeded)
 
-    def under(network, where, others=(), **settings):
-        attack = partial(_pgd, **settings)
+    def under(network, where, others=(), attack=pgd, **settings):
+        attack = partial(attack, **settings)
         return measure.accuracy_under(attack, network.model, split, where, others=others, **seeded)
 
     for network in networks:
@@ -164,6 +164,11 @@ def plan(
 
             yield piece(network, "bound", None, bound, now, index[: protocol.bound_examples])
     for network in networks:
+        for kind, eps in protocol.unforeseen:
+            now = dict(kind=kind, eps=eps, steps=last)
+            compute = partial(under, attack=unforeseen, **now)
+            yield piece(network, f"unforeseen-{kind}", eps, compute, now, few)
+    for network in networks:
         now = dict(eps=trained, step_size=protocol.step_size, steps=last, random_start=True)
         others = [other for other in networks if other is not network]
         names = {"others": [[other.name, weights[other.name]] for other in others]}
@@ -182,7 +187,3 @@ def plan(
             return measure.landscape(network.model, split, where, **now, **seeded)
 
         yield piece(network, "landscape", trained, landscape, now, few)
-
-
-def _pgd(model, x, y, network, generator, **settings):
-    return pgd(model, x, y, network=network, generator=generator, **settings)

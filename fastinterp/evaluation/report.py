@@ -56,6 +56,7 @@ def sections(
         _similarity(summary),
         _bound(summary),
         _heat_maps(summary, networks, data),
+        _unforeseen(summary),
         _sanity(summary),
         _training(runs),
         _cost(summary, runs, batch_size),
@@ -108,6 +109,24 @@ def _accuracy(summary: Summary) -> Section:
     )
     curves = Picture(figures.accuracy_curves(summary), "Accuracy against eps, with 95 % bands.")
     return Section("Accuracy under attack", [text, *tables[:-1], curves, *tables[-1:]])
+
+
+def _unforeseen(summary: Summary) -> Section:
+    kinds = summary.protocol.unforeseen
+    if not kinds:
+        return Section("Unforeseen attacks", [])
+    rows = [
+        [network, *(_share(accuracy) for accuracy in summary.unforeseen(network).values())]
+        for network in summary.networks
+    ]
+    text = Text(
+        "Distortions that no Lp ball holds, after Kang et al. (2019), each searched for a wrong "
+        f"class drawn at random, {summary.last} steps from a random point, the worst iterate kept. "
+        "Sizes are the published ones for CIFAR-10 and ImageNet; grey digits have none of their "
+        "own and get those of CIFAR-10."
+    )
+    head = ["network", "clean", *(f"{kind} {eps:g}" for kind, eps in kinds)]
+    return Section("Unforeseen attacks", [text, Table("Accuracy by attack and size", head, rows)])
 
 
 def _sanity(summary: Summary) -> Section:

@@ -136,6 +136,18 @@ class Summary:
             piece["correct"] if source == target else piece["others"][others.index(target)]
         )
 
+    def unforeseen(self, network: str) -> dict[str, Accuracy]:
+        """Of the images of the sanity checks, clean and under each kind."""
+        protocol = self.protocol
+        if not protocol.unforeseen:
+            return {}
+        left = {
+            kind: self.found[network, f"unforeseen-{kind}", eps]["correct"]
+            for kind, eps in protocol.unforeseen
+        }
+        clean = self._bits(network, "no-start", 0)[: protocol.sanity_examples or None]
+        return {kind: Accuracy.of(bits) for kind, bits in {"clean": clean, **left}.items()}
+
     def unbounded(self, network: str) -> Accuracy:
         return Accuracy.of(self.found[network, "unbounded", UNBOUNDED]["correct"])
 
@@ -177,6 +189,10 @@ class Summary:
                         rows.append(
                             Row(network, "AAI", eps, steps, metric, value, None, None, images)
                         )
+            for (kind, eps), entry in zip(
+                self.protocol.unforeseen, [*self.unforeseen(network).values()][1:], strict=True
+            ):
+                add(network, kind, eps, self.last, entry)
             for source in self.networks:
                 label = f"crafted on {source}"
                 entry = self.transfer(source, network)
