@@ -26,6 +26,9 @@ struct Accumulate<double> {
 template <typename T>
 using acc_t = typename Accumulate<T>::type;
 
+FI_INLINE float root(float v) { return FI_LIBM(sqrtf)(v); }
+FI_INLINE double root(double v) { return FI_LIBM(sqrt)(v); }
+
 template <typename T>
 FI_INLINE T sign(T v) {
   return static_cast<T>((v > T(0)) - (v < T(0)));
@@ -69,8 +72,8 @@ struct PairCounts {
 FI_INLINE double kendall_tau_b(const PairCounts& c) {
   const double nan = __builtin_nan("");
   if (c.nans != 0 || c.differ_a == 0 || c.differ_b == 0) return nan;
-  const double tau = static_cast<double>(c.agreement) / FI_LIBM(sqrt)(static_cast<double>(c.differ_a)) /
-                     FI_LIBM(sqrt)(static_cast<double>(c.differ_b));
+  const double tau = static_cast<double>(c.agreement) / root(static_cast<double>(c.differ_a)) /
+                     root(static_cast<double>(c.differ_b));
   return clamp(tau, -1.0, 1.0);
 }
 

@@ -36,6 +36,9 @@ class Clock:
 
     @contextmanager
     def part(self, name: str):
+        if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            yield  # events of a graph have no times
+            return
         begin = self._now()
         with torch.profiler.record_function(f"fastinterp.{name}"):
             yield

@@ -116,7 +116,7 @@ def test_arguments_are_checked():
 
 
 def test_adam_on_the_device_takes_the_step_of_the_one_on_a_cpu():
-    """The form that runs on a GPU, run here."""
+    """The form that runs on a GPU, run here; its lr_t is float32."""
     results = []
     for on_device in (False, True):
         torch.manual_seed(0)
@@ -137,4 +137,4 @@ def test_adam_on_the_device_takes_the_step_of_the_one_on_a_cpu():
                 optimizer.step()
         results.append([p.detach() for p in net.parameters()])
     for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-7 * 0.1)

@@ -223,7 +223,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_batch(tmp_path, 
 
 def test_a_gradient_that_is_not_finite_is_not_applied(tmp_path, data):
     broken = trainer(tmp_path, data)
-    backward = broken._backward
+    backward = broken.update.backward
 
     def poisoned(*args):
         values = backward(*args)
@@ -231,7 +231,7 @@ def test_a_gradient_that_is_not_finite_is_not_applied(tmp_path, data):
             broken.model.head.weight.grad[0, 0] = torch.inf
         return values
 
-    broken._backward = poisoned
+    broken.update.backward = poisoned
     with pytest.raises(TrainingDiverged, match="a gradient not finite, at step 3"):
         broken.run(StopRequest(), quiet=True)
     assert all(torch.isfinite(p).all() for p in broken.model.parameters())

@@ -125,7 +125,7 @@ def test_a_batch_in_parts_has_the_same_gradient(tmp_path, method):
         trainer.model.double()
         x, y = trainer._next_batch()
         start = trainer.rng.start(x, 0.1)
-        logged.append(trainer._backward(x.double(), y, 0.1, start.double()))
+        logged.append(trainer.update.backward(x.double(), y, 0.1, start.double()))
         gradients.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters()]))
     torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
     for name, value in logged[0].items():

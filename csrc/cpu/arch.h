@@ -54,8 +54,6 @@ inline int thread_index() {
 #endif
 }
 
-inline float root(float v) { return __builtin_sqrtf(v); }
-inline double root(double v) { return __builtin_sqrt(v); }
 constexpr float smallest_normal(float) { return __FLT_MIN__; }
 constexpr double smallest_normal(double) { return __DBL_MIN__; }
 

@@ -39,8 +39,6 @@ struct Step {
   acc_t<T> clip_min, clip_max;
 };
 
-__device__ float root(float v) { return sqrtf(v); }
-__device__ double root(double v) { return sqrt(v); }
 __device__ constexpr float smallest_normal(float) { return FLT_MIN; }
 __device__ constexpr double smallest_normal(double) { return DBL_MIN; }
 

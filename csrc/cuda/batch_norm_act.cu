@@ -1,6 +1,7 @@
 // Batch norm + residual + activation and its first two derivatives; formulas in ../batch_norm.h. An
 // order is at most three kernels: partial sums over chunks of the tensor, their totals made into a few
 // values per channel, and one pass that applies these. No atomics: results repeat bit for bit.
+// Where launch bounds ask for one block, ptxas would else spill to save a few registers.
 #include "../activations.h"
 #include "../batch_norm.h"
 #include "channel_tiles.cuh"
@@ -46,9 +47,6 @@ struct Phi {
   }
   __device__ __forceinline__ A curvature(A z) const { return activation_curvature<K>(z, alpha); }
 };
-
-__device__ __forceinline__ float root(float v) { return sqrtf(v); }
-__device__ __forceinline__ double root(double v) { return ::sqrt(v); }
 
 // The values of this thread's lanes, and what a piece's elements are made of.
 template <typename T, Activation K, bool kLast>
@@ -118,7 +116,7 @@ struct Given {
 // ---- forward
 
 template <typename T, bool kLast>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     statistics_kernel(const BatchNormAct p, const Cut c, void* partial) {
   using A = acc_t<T>;
   constexpr int lanes = kLanes<T, kLast>;
@@ -291,7 +289,7 @@ __global__ void __launch_bounds__(kThreads)
 // ---- backward of the backward
 
 template <typename T, Activation K, bool kLast>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     second_sums_kernel(const BatchNormAct p, const Cut c, void* partial) {
   using A = acc_t<T>;
   constexpr bool smooth = is_smooth<K>;
@@ -360,7 +358,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename T, Activation K, bool kLast>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     second_kernel(const BatchNormAct p, const Cut c, const void* values) {
   using A = acc_t<T>;
   constexpr int lanes = kLanes<T, kLast>, batch = kLast ? 1 : kBatch<T>;

@@ -278,6 +278,7 @@ __device__ void totals_of(const void* partial, std::int64_t parts, std::int64_t 
   __shared__ double shared[kThreads];
   const int own = threadIdx.x % kChannels, part = threadIdx.x / kChannels;
   const std::int64_t c = static_cast<std::int64_t>(blockIdx.x) * kChannels + own;
+#pragma unroll
   for (int s = 0; s < kSums; ++s) {
     const A* from = static_cast<const A*>(partial) + s * parts * channels + c;
     double sum = 0;

@@ -100,6 +100,9 @@ def parser(argv: list[str]) -> ArgumentParser:
     train.add_argument(
         "--wandb", type=str | None, default=None, help="project of Weights & Biases to log to"
     )
+    train.add_argument(
+        "--cuda-graph", action="store_true", help="replay steps as a CUDA graph: for a single GPU"
+    )
     add_common(train)
     train.add_argument("--quiet", action="store_true", help="no progress bar")
     defaults = _defaults(argv) if argv[:1] == ["train"] else recipe(DEFAULT_RECIPE)
@@ -132,6 +135,7 @@ def run(arguments) -> int:
         limit_steps=arguments.limit_steps,
         profile=arguments.profile,
         wandb=arguments.wandb,
+        cuda_graph=arguments.cuda_graph,
     )
     if options.wandb is not None:
         import_wandb()
@@ -140,6 +144,7 @@ def run(arguments) -> int:
         warnings.simplefilter("ignore")  # rank 0 has said it
     device = set_up_device(_local(arguments.device, world), arguments.threads)
     config.check_world(world.size, device)
+    options.check_world(world.size, device)
     data = load_dataset(config.dataset, arguments.data_dir, arguments.download)
     config.check(data)
     with world.connected(device):

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-import resource
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +18,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from fastinterp._files import write_atomically
-from fastinterp._timing import Clock
 from fastinterp.data import Dataset
 from fastinterp.fusion import fuse
 from fastinterp.models import create_model
@@ -28,12 +25,13 @@ from fastinterp.objectives import METHODS, Objective
 from fastinterp.training import checkpoint
 from fastinterp.training.config import TrainConfig
 from fastinterp.training.distributed import RankFailed, World
+from fastinterp.training.meter import Meter, peak_memory, postfix, profiler
 from fastinterp.training.metrics import MetricsLog
-from fastinterp.training.optimizer import create_optimizer
+from fastinterp.training.optimizer import create_optimizer, set_lr
 from fastinterp.training.rng import RNGS
+from fastinterp.training.update import Batch, GraphedUpdate, Update
 
 LOG_EVERY = 10  # steps
-PROFILE_AFTER = 3  # steps of a process that are not profiled
 
 
 class Interrupted(Exception):
@@ -54,17 +52,29 @@ class RunOptions:
         limit_steps: stop every method after so many steps as if that were the end; 0 for none.
         profile: steps of which a Chrome trace is written; 0 for none.
         wandb: project of Weights & Biases to log to, or None.
+        cuda_graph: replay steps as a CUDA graph. The host then looks every LOG_EVERY steps whether
+            one was not finite. Such a step is not applied, nor are those after it, and its batch is
+            saved, as without a graph; but running statistics and the average of the weights have
+            seen the batches after it.
     """
 
     checkpoint_seconds: float = 10.0
     limit_steps: int = 0
     profile: int = 0
     wandb: str | None = None
+    cuda_graph: bool = False
 
     def __post_init__(self):
         for name in ("checkpoint_seconds", "limit_steps", "profile"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+
+    def check_world(self, processes: int, device: torch.device) -> None:
+        """Raises ValueError where a run on this device, in so many processes, has no CUDA graph."""
+        if self.cuda_graph and device.type != "cuda":
+            raise ValueError(f"cuda_graph needs a GPU, got {device}; leave it out")
+        if self.cuda_graph and processes > 1:
+            raise ValueError(f"cuda_graph needs a single process, got {processes}; leave it out")
 
 
 class StopRequest:
@@ -126,7 +136,8 @@ class Trainer:
         world: the processes of the job.
 
     Raises:
-        ValueError: the batch cannot be divided among the processes, or SyncBN is not possible.
+        ValueError: the batch cannot be divided among the processes, or SyncBN or a CUDA graph is
+            not possible.
     """
 
     def __init__(
@@ -141,7 +152,8 @@ class Trainer:
     ):
         self.config, self.method, self.folder, self.device = config, method, folder, device
         self.options, self.world = options or RunOptions(), world or World()
-        config.check_world(self.world.size, device)
+        for settings in (config, self.options):
+            settings.check_world(self.world.size, device)
         self.train = data.train.to(device)
         self.rng = RNGS[config.rng](config.seed)
         channels = data.train.images.shape[1]
@@ -159,12 +171,11 @@ class Trainer:
         if config.fuse:
             fuse(self.model)
         self.objective = create_objective(config, method, self.model)
+        module = self.objective
         if self.world.size > 1:
             # Without the broadcast: a loss runs the model several times, and the running
             # statistics must not be overwritten in between.
-            self._module = DistributedDataParallel(self.objective, broadcast_buffers=False)
-        else:
-            self._module = self.objective
+            module = DistributedDataParallel(module, broadcast_buffers=False)
         self.optimizer = create_optimizer(
             config.optimizer,
             self.model.parameters(),
@@ -172,6 +183,8 @@ class Trainer:
             weight_decay=config.weight_decay,
             momentum=config.momentum,
         )
+        self.update = Update(config, module, self.optimizer, device)
+        self._graphed = GraphedUpdate(self.update) if self.options.cuda_graph else None
         self.steps_per_epoch = len(self.train) // config.batch_size
         self.total_steps = config.epochs * self.steps_per_epoch
         self.last_step = min(self.total_steps, self.options.limit_steps or self.total_steps)
@@ -202,8 +215,10 @@ class Trainer:
         """Writes a checkpoint of the finished steps, if this is rank 0; waits for nobody.
 
         Raises:
-            TrainingDiverged: a weight is not finite; nothing is written.
+            TrainingDiverged: a weight is not finite; nothing is written. Or the host had not looked
+                yet at a step that was not, see RunOptions.
         """
+        self._look()
         if not all(torch.isfinite(p).all() for p in self.model.parameters()):
             raise self._diverged("weights", "not finite")
         if self.world.rank > 0:
@@ -249,10 +264,10 @@ class Trainer:
             bar,
             log or contextlib.nullcontext(),
             torch.random.fork_rng(devices=devices),
-            self._profiler() as profiler,
+            profiler(self.options.profile if first else 0, self.folder / "trace.json") as profile,
         ):
             try:
-                self._train(stop, bar, log, profiler)
+                self._train(stop, bar, log, profile)
             except TrainingDiverged:
                 raise
             except BaseException as error:
@@ -276,20 +291,21 @@ class Trainer:
                 checkpoint.save_model(self.ema.module, self.folder / "ema.safetensors")
         return self.model
 
-    def _train(self, stop: StopRequest, bar: tqdm, log: MetricsLog | None, profiler) -> None:
+    def _train(self, stop: StopRequest, bar: tqdm, log: MetricsLog | None, profile) -> None:
         saved_at = time.monotonic()
-        meter = _Meter(self.step, self.device)
+        meter = Meter(self.step, self.device)
         (stopping,) = self.world.any(stop.requested)
         while self.step < self.last_step and not stopping:
             with meter.clock.running():
                 values, stopping = self._step(stop)
             bar.update(1)
-            profiler.step()
+            profile.step()
             if self.step % LOG_EVERY == 0 or self.step == self.last_step:
+                self._look()
                 row = self._row(values, meter)
                 if log is not None:
                     log.write(row)
-                    bar.set_postfix(_postfix(row))
+                    bar.set_postfix(postfix(row))
             if time.monotonic() - saved_at >= self.options.checkpoint_seconds:
                 self.save()
                 saved_at = time.monotonic()
@@ -300,31 +316,47 @@ class Trainer:
         Returns:
             What is logged, detached scalars of this process; and whether a stop was requested.
         """
-        config = self.config
-        x, y = self._next_batch()
-        eps = config.eps_at(self.step)
-        start = self._start(x, eps) if eps > 0 and self.method != "normal" else None
-        lr = config.lr_at(self.step, self.total_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        batch = self._draw()
+        set_lr(self.optimizer, self.config.lr_at(self.step, self.total_steps))
         self._seed_step()
-        self.optimizer.zero_grad(set_to_none=True)
-        values = self._backward(x, y, eps, start)
-        values["grad_norm"] = self._clipped_norm()
-        finite = math.isfinite(values["loss"] + values["grad_norm"])
-        stopping, diverged = self.world.any(stop is not None and stop.requested, not finite)
-        if diverged:
-            where = None if finite else self._save_batch(x, y, eps, start)
-            self.save()
-            raise self._diverged("loss", values["loss"].item(), where)
-        self._updating = True
-        self.optimizer.step()
+        stopping = stop is not None and stop.requested
+        if self._graphed is None:
+            values = self.update.gradients(*batch.inputs)
+            finite = math.isfinite(values["loss"] + values["grad_norm"])
+            stopping, diverged = self.world.any(stopping, not finite)
+            if diverged:
+                self._diverge(values["loss"].item(), None if finite else batch)
+            self._updating = True
+            self.optimizer.step()
+        else:
+            self._updating = True
+            values = self._graphed(batch)
         if self.ema is not None:
             self.ema.update_parameters(self.model)
         self.step += 1
         self._rng_after_step = self.rng.state_dict()
         self._updating = False
         return values, stopping
+
+    def _draw(self) -> Batch:
+        x, y = self._next_batch()
+        eps = self.config.eps_at(self.step)
+        start = self._start(x, eps) if eps > 0 and self.method != "normal" else None
+        return Batch(self.step, x, y, eps, start, self.order, self._rng_after_step)
+
+    def _look(self) -> None:
+        """Raises TrainingDiverged where a graphed step since the last look was not finite."""
+        stopped = self._graphed and self._graphed.first_not_finite()
+        if stopped:
+            batch, loss = stopped
+            self.step, self.order, self._rng_after_step = batch.step, batch.order, batch.rng
+            self._diverge(loss, batch)
+
+    def _diverge(self, loss: float, batch: Batch | None) -> None:
+        """Saves the steps before this one, and its batch, if it is this process's; raises."""
+        where = None if batch is None else self._save_batch(batch)
+        self.save()
+        raise self._diverged("loss", loss, where)
 
     def _next_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
         """This process's part of the images and labels of the step."""
@@ -351,41 +383,11 @@ class Trainer:
         words = np.random.SeedSequence((self.config.seed, self.step, self.world.rank))
         torch.manual_seed(int(words.generate_state(1, np.uint64)[0] >> np.uint64(1)))
 
-    def _backward(self, x, y, eps, start) -> dict[str, torch.Tensor]:
-        """Adds the gradients of the batch's mean loss to the parameters'; returns the loss."""
-        parts, totals = self.config.accumulate, {}
-        chunks = [None] * parts if start is None else start.chunk(parts)
-        for i, (xi, yi, si) in enumerate(zip(x.chunk(parts), y.chunk(parts), chunks, strict=True)):
-            last = i == parts - 1
-            with (
-                contextlib.nullcontext() if last or self.world.size == 1 else self._module.no_sync()
-            ):
-                with torch.autocast(
-                    self.device.type, torch.bfloat16, enabled=self.config.amp == "bf16"
-                ):
-                    loss, logged = self._module(xi, yi, eps, si)
-                if parts > 1:
-                    loss, logged = loss / parts, {k: v / parts for k, v in logged.items()}
-                loss.backward()
-            for name, value in {"loss": loss.detach(), **logged}.items():
-                totals[name] = totals[name] + value if name in totals else value
-        return totals
-
-    def _clipped_norm(self) -> torch.Tensor:
-        """Norm of the gradient, which is then scaled down to clip_grad_norm where it is larger."""
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        if self.config.clip_grad_norm:
-            nn.utils.clip_grads_with_norm_(
-                self.model.parameters(), self.config.clip_grad_norm, norm
-            )
-        return norm
-
-    def _save_batch(self, x, y, eps, start) -> Path:
+    def _save_batch(self, batch: Batch) -> Path:
         rank = f"-rank{self.world.rank}" if self.world.size > 1 else ""
-        path = self.folder / f"diverged-step-{self.step:08d}{rank}.pt"
-        batch = {"step": self.step, "x": x, "y": y, "eps": eps, "start": start}
-        write_atomically(path, lambda temporary: torch.save(batch, temporary))
+        path = self.folder / f"diverged-step-{batch.step:08d}{rank}.pt"
+        kept = {name: getattr(batch, name) for name in ("step", "x", "y", "eps", "start")}
+        write_atomically(path, lambda temporary: torch.save(kept, temporary))
         return path
 
     def _diverged(self, what: str, value, batch: Path | None = None) -> TrainingDiverged:
@@ -396,24 +398,12 @@ class Trainer:
             f"{self.folder / 'checkpoints'}"
         )
 
-    @contextlib.contextmanager
-    def _profiler(self) -> Iterator:
-        """A torch.profiler over some of the first steps, written to ``folder/trace.json``."""
-        if not self.options.profile or self.world.rank > 0:
-            yield _NoProfiler()
-            return
-        with torch.profiler.profile(
-            schedule=torch.profiler.schedule(
-                wait=PROFILE_AFTER - 1, warmup=1, active=self.options.profile, repeat=1
-            ),
-            on_trace_ready=lambda p: p.export_chrome_trace(str(self.folder / "trace.json")),
-        ) as profiler:
-            yield profiler
-
-    def _row(self, values: dict[str, torch.Tensor], meter: _Meter) -> dict:
+    def _row(self, values: dict[str, torch.Tensor], meter: Meter) -> dict:
         """What is logged of the last steps, means over the processes."""
         means = self.world.mean(torch.stack([value.float() for value in values.values()]))
         steps, seconds, attack = meter.take(self.step)
+        # Parts of a replayed step cannot be timed.
+        share = {} if self._graphed else {"attack_share": attack / seconds}
         return {
             "step": self.step,
             "epoch": self.step / self.steps_per_epoch,
@@ -421,43 +411,6 @@ class Trainer:
             "lr": self.config.lr_at(self.step - 1, self.total_steps),
             "eps": self.config.eps_at(self.step - 1),
             "images_per_second": steps * self.config.batch_size / seconds,
-            "attack_share": attack / seconds,
-            "memory_mb": _peak_memory(self.device) / 1e6,
+            **share,
+            "memory_mb": peak_memory(self.device) / 1e6,
         }
-
-
-class _NoProfiler:
-    def step(self) -> None:
-        pass
-
-
-class _Meter:
-    """Time of the steps since the last ``take``, and of their attacks."""
-
-    def __init__(self, step: int, device: torch.device):
-        self.clock = Clock(device)
-        self._step, self._time = step, time.perf_counter()
-
-    def take(self, step: int) -> tuple[int, float, float]:
-        """Steps, seconds and seconds in attacks since the last call."""
-        now, attack = time.perf_counter(), self.clock.take().get("attack", 0.0)
-        passed = step - self._step, max(now - self._time, 1e-9), attack
-        self._step, self._time = step, now
-        return passed
-
-
-def _peak_memory(device: torch.device) -> int:
-    """The most bytes that the process has held: of tensors on a GPU, else of all of it."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
-
-
-def _postfix(row: dict) -> dict[str, str]:
-    shown = {"loss": f"{row['loss']:.3f}"}
-    if "discrepancy" in row:
-        shown["D"] = f"{row['discrepancy']:.2f}"
-    shown["img/s"] = f"{row['images_per_second']:.0f}"
-    shown["attack"] = f"{100 * row['attack_share']:.0f}%"
-    return {**shown, "MB": f"{row['memory_mb']:.0f}"}

@@ -19,7 +19,9 @@ class EpsilonHatAdam(torch.optim.Adam):
     (2015), the remark after Algorithm 1.
 
     On a GPU nothing waits for the host and the count of steps is on the device, so that a step may
-    be part of a CUDA graph; one whose ``lr`` is a tensor on the device follows its value.
+    be part of a CUDA graph; one whose ``lr`` is a tensor on the device follows its value. There, a
+    step with ``found_inf``, a float tensor of shape () that gradient scalers and others may set,
+    changes nothing where that is 1, as in torch's fused optimizers.
 
     Args:
         params: parameters to update.
@@ -62,20 +64,26 @@ class EpsilonHatAdam(torch.optim.Adam):
                     "exp_avg_sq": torch.zeros_like(p),
                 }
         states = [self.state[p] for p in params]
-        m, v = ([s[name] for s in states] for name in ("exp_avg", "exp_avg_sq"))
-        gradients = [p.grad for p in params]
-        group["steps"] += 1
-        torch._foreach_add_([s["step"] for s in states], 1)
+        m, v, counts = ([s[name] for s in states] for name in ("exp_avg", "exp_avg_sq", "step"))
+        skipped = getattr(self, "found_inf", None)
+        taken = 1 if skipped is None else 1 - skipped
+        group["steps"] += taken
+        torch._foreach_add_(counts, taken)
         t = group["steps"]
         lr = group["lr"] * torch.sqrt(1 - beta2**t) / (1 - beta1**t)
-        torch._foreach_lerp_(m, gradients, 1 - beta1)
-        torch._foreach_mul_(v, beta2)
-        torch._foreach_addcmul_(v, gradients, gradients, 1 - beta2)
-        update = torch._foreach_sqrt(v)
-        torch._foreach_add_(update, group["eps_hat"])
-        update = torch._foreach_div(m, update)
-        torch._foreach_mul_(update, lr.to(params[0].dtype))
-        torch._foreach_sub_(params, update)
+        torch._fused_adam_(
+            *(params, [p.grad for p in params], m, v, []),
+            # The corrections are in lr; of so many steps there are none.
+            [torch.full((), 1e9, device=device)] * len(params),
+            lr=lr.float(),
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=0.0,
+            eps=group["eps_hat"],
+            amsgrad=False,
+            maximize=False,
+            found_inf=skipped,
+        )
 
 
 def create_optimizer(
@@ -91,14 +99,30 @@ def create_optimizer(
             dimensions, so not of biases and of norms.
         momentum: of sgd.
     """
+    params = list(params)
     if name == "adam":
         return EpsilonHatAdam(params, lr=lr)
-    params = list(params)
     groups = [
         {"params": [p for p in params if p.dim() > 1], "weight_decay": weight_decay},
         {"params": [p for p in params if p.dim() <= 1], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    if name == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, fused=True)
-    return torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=True)
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=True)
+    on_gpu = params[0].device.type == "cuda"
+    optimizer = torch.optim.AdamW(groups, lr=lr, fused=True, capturable=on_gpu)
+    optimizer._warned_capturable_if_run_uncaptured = True  # as steps before a capture are
+    return optimizer
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """The learning rate of the next step; on a GPU in a tensor there, which a CUDA graph reads."""
+    for group in optimizer.param_groups:
+        device = group["params"][0].device
+        if device.type != "cuda":
+            group["lr"] = lr
+        elif isinstance(group["lr"], torch.Tensor) and group["lr"].device == device:
+            group["lr"].fill_(lr)
+        else:
+            dtype = torch.float64 if isinstance(optimizer, EpsilonHatAdam) else torch.float32
+            group["lr"] = torch.full((), lr, dtype=dtype, device=device)
