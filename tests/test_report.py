@@ -13,7 +13,7 @@ from torch import nn
 from fastinterp.cli import main
 from fastinterp.data import Split
 from fastinterp.evaluation import findings as rules
-from fastinterp.evaluation import measure
+from fastinterp.evaluation import measure_maps
 from fastinterp.evaluation.page import Notice, Section, Table, Text, to_html, to_markdown
 from fastinterp.evaluation.pieces import UNBOUNDED
 from fastinterp.evaluation.protocol import protocol
@@ -47,7 +47,12 @@ def bits(correct, examples=200):
 def summary(**changes):
     """Network ``n`` as a sound one, but for ``changes``: values by kind, or (kind, eps)."""
     settings = replace(
-        protocol("paper", "mnist"), eps=(0.3, 0.35), steps=(10, 200), aai_eps=(), bound_examples=0
+        protocol("paper", "mnist"),
+        eps=(0.3, 0.35),
+        steps=(10, 200),
+        aai_eps=(),
+        isa_classes=(),
+        bound_examples=0,
     )
     found = {}
     rising = [0.1 * k for k in range(21)]
@@ -133,6 +138,32 @@ def test_proposition_1_is_checked_point_by_point():
     assert finding.warning and "1 of 2 images lie below" in finding.text
 
 
+def test_what_sneaking_hides_is_counted_over_the_images_flipped_at_every_eps():
+    tested = summary()
+    tested.protocol = replace(
+        tested.protocol, isa_classes=("one", "two"), isa_ratios=(1.0, 1.5, 2.0)
+    )
+    one = {"1.0": [0.4, None, 0.6, 9.0], "1.5": [0.3, None, 0.5, None], "2.0": [0.2, None, 0.4, 1]}
+    two = {ratio: [0.5, None, 0.5, 0.5] for ratio in one}
+    for classes, discrepancy in (("one", one), ("two", two)):
+        tested.found["n", f"isa-{classes}", None] = {
+            "eps": [0.1, None, 0.3, 0.2],
+            "discrepancy": discrepancy,
+        }
+    found = tested.sneaking("n", "one")
+    assert found.images == 2 and found.means == pytest.approx((0.5, 0.4, 0.3))
+    assert found.slope == pytest.approx(-0.2)
+    assert tested.sneaked == ["n"] and tested.sneaking("other", "one") is None
+    (finding,) = rules.sneaking(tested)
+    assert not finding.warning and finding.text == (
+        "n: given 2 times the least eps, a sneaking attack hides 40 % of the one-class discrepancy "
+        "(0.500 to 0.300) and 0 % of the two-class one (0.500 to 0.500)."
+    )
+    rows = [row for row in tested.rows() if row.metric == "normalised_discrepancy"]
+    assert [(row.eps, row.examples) for row in rows[:3]] == [(1.0, 2), (1.5, 2), (2.0, 2)]
+    assert len(rows) == 6
+
+
 def test_least_eps_is_where_the_prediction_turns():
     """One pixel and two classes, of which the second wins above 0.5."""
     net = nn.Sequential(
@@ -144,7 +175,9 @@ def test_least_eps_is_where_the_prediction_turns():
         net[3].weight.copy_(torch.eye(2))
     images = torch.tensor([102, 255, 0], dtype=torch.uint8).view(3, 1, 1, 1)
     split = Split(images, torch.tensor([0, 1, 1]))
-    found = measure.bound(net, split, torch.arange(3), rounds=14, steps=10, seed=0, batch_size=2)
+    found = measure_maps.bound(
+        net, split, torch.arange(3), rounds=14, steps=10, seed=0, batch_size=2
+    )
     assert found["eps"] == pytest.approx([0.1, 0.5], abs=1e-3)  # the last image is wrong at once
     assert found["margin"] == pytest.approx([0.1, 0.5], abs=1e-6)
     assert found["discrepancy"] == pytest.approx(found["margin"], abs=1e-2)
@@ -172,7 +205,14 @@ def test_protocols_are_the_papers():
     cifar = protocol("paper", "cifar10")
     assert [show_eps(eps, "cifar10") for eps in cifar.eps][:2] == ["2/255", "4/255"]
     assert show_eps(0.2, "mnist") == "0.2"
-    for bad in (dict(eps=(-1.0,)), dict(steps=(2, 1)), dict(steps=()), dict(examples=-1)):
+    assert (paper.isa_classes, strong.isa_classes) == (("one", "two", "all"), ())
+    for bad in (
+        dict(eps=(-1.0,)),
+        dict(isa_ratios=(0.5,)),
+        dict(steps=(2, 1)),
+        dict(steps=()),
+        dict(examples=-1),
+    ):
         with pytest.raises(ValueError, match=next(iter(bad))):
             replace(paper, **bad)
 

@@ -4,6 +4,7 @@ losses.py           what an attack on the classification raises
 pgd.py              projected gradient ascent, PGD
 interpretation.py   against the map (AAI): top-k, centre of mass, towards a given map
 unforeseen.py       beyond Lp norms (UAR); distortions/ has what is searched in
+sneaking.py         another class, the same map (ISA): least eps, largest gamma
 released.py         the random numbers of the paper's released evaluation
 """
 
@@ -11,14 +12,19 @@ from fastinterp.attacks.interpretation import InterpretationAttack, attack_inter
 from fastinterp.attacks.losses import LOSSES, margin
 from fastinterp.attacks.pgd import attacked, maximise, pgd, random_start
 from fastinterp.attacks.released import released_draws
+from fastinterp.attacks.sneaking import LeastEps, SneakingAttack, attack_sneaking, least_eps
 from fastinterp.attacks.unforeseen import CALIBRATED, uar, unforeseen
 
 __all__ = [
     "CALIBRATED",
     "LOSSES",
     "InterpretationAttack",
+    "LeastEps",
+    "SneakingAttack",
     "attack_interpretation",
+    "attack_sneaking",
     "attacked",
+    "least_eps",
     "margin",
     "maximise",
     "pgd",

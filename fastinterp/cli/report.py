@@ -124,7 +124,7 @@ def _settings(arguments, dataset: str):
     }
     settings = protocol(arguments.protocol, dataset)
     if arguments.steps:
-        changed |= {name: arguments.steps[-1] for name in ("aai_steps", "bound_steps")}
+        changed |= {name: arguments.steps[-1] for name in ("aai_steps", "isa_steps", "bound_steps")}
     if arguments.examples:
         for name in ("bound_examples", "sanity_examples"):
             changed[name] = min(arguments.examples, getattr(settings, name))

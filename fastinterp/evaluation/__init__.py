@@ -2,7 +2,8 @@
 
 accuracy.py     which images, clean accuracy, PGD, attacked batches
 protocol.py     what is run with what settings
-pieces.py       a protocol in pieces, each kept on disk by results.py, computed by measure.py
+pieces.py       a protocol in pieces, each kept on disk by results.py, computed by measure.py and
+                measure_maps.py
 summary.py      results as numbers with names; findings.py says in words what to doubt
 overlays.py     maps over images; figures.py the other figures
 report.py       tables and figures in order; page.py writes them as HTML and Markdown

@@ -45,6 +45,21 @@ def similarity_curves(summary: Summary):
     return figure
 
 
+def sneaking_curves(summary: Summary):
+    """Normalised discrepancy under ISA against eps / eps_min: a panel per network."""
+    figure, panels = _panels(len(summary.sneaked), sharey=True)
+    for axis, network in zip(panels, summary.sneaked, strict=True):
+        for classes in summary.protocol.isa_classes:
+            found = summary.sneaking(network, classes)
+            axis.plot(found.ratios, found.means, marker="o", ms=3, label=f"{classes}-class")
+        axis.set(title=network, xlabel="eps / least eps")
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+    panels[0].set_ylabel("normalised discrepancy")
+    panels[0].legend(fontsize=8)
+    return figure
+
+
 def bound_scatter(summary: Summary, networks: list[str]):
     """Two-class discrepancy against half the margin, with Proposition 1's bound: a panel each."""
     figure, panels = _panels(len(networks))

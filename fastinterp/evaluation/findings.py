@@ -23,7 +23,7 @@ class Finding:
 
 def findings(summary: Summary) -> list[Finding]:
     """Where a stronger attack breaks what the weak one did not, and the signs of masking."""
-    checks = (weak_attack, transfer, more_steps, unbounded, landscape, proposition_1)
+    checks = (weak_attack, transfer, more_steps, unbounded, landscape, sneaking, proposition_1)
     return [finding for check in checks for finding in check(summary)]
 
 
@@ -161,6 +161,26 @@ def landscape(summary: Summary) -> list[Finding]:
     return found or [
         Finding("The loss rises along every attack, and higher than along random signs.", False)
     ]
+
+
+def sneaking(summary: Summary) -> list[Finding]:
+    """How much of the one-class and of the two-class discrepancy an attacker can hide."""
+    found = []
+    for network in summary.sneaked:
+        one, two = (summary.sneaking(network, classes) for classes in ("one", "two"))
+        if one is None or two is None or not one.images or not two.images:
+            continue
+        hidden = [100 * (1 - each.means[-1] / each.means[0]) for each in (one, two)]
+        found.append(
+            Finding(
+                f"{network}: given {one.ratios[-1]:g} times the least eps, a sneaking attack hides "
+                f"{hidden[0]:.0f} % of the one-class discrepancy ({one.means[0]:.3f} to "
+                f"{one.means[-1]:.3f}) and {hidden[1]:.0f} % of the two-class one "
+                f"({two.means[0]:.3f} to {two.means[-1]:.3f}).",
+                False,
+            )
+        )
+    return found
 
 
 def proposition_1(summary: Summary) -> list[Finding]:

@@ -1,4 +1,4 @@
-"""One piece of a report: one network under one attack, as JSON values.
+"""One piece of a report: a network's accuracy under one attack, as JSON values.
 
 ``correct`` is a string with a 1 for every image that is still classified right, in the order of
 the images, so that attacks can be compared image by image.
@@ -13,23 +13,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fastinterp import metrics
 from fastinterp._state import eval_mode
-from fastinterp.attacks import (
-    attack_interpretation,
-    attacked,
-    margin,
-    maximise,
-    pgd,
-    random_start,
-    released_draws,
-)
+from fastinterp.attacks import pgd, random_start
 from fastinterp.data import Split
-from fastinterp.discrepancy import class_weights, map_distance
 from fastinterp.evaluation.accuracy import attacked_batches, batches, predictions
-from fastinterp.maps import cam
 
-FIRST_EPS = 0.05  # of the search for the least successful one
 LANDSCAPE = tuple(k / 20 for k in range(21))  # points between x and x'
 
 
@@ -117,122 +105,6 @@ def accuracy_under(
     seconds = time.perf_counter() - began
     own, *rest = (bits(torch.cat(parts)) for parts in right)
     return {"correct": own, "others": rest, "seconds": seconds}
-
-
-def aai(
-    model: nn.Module,
-    split: Split,
-    index: torch.Tensor,
-    *,
-    eps: float,
-    k: int,
-    steps: int,
-    step_size: float,
-    seed: int,
-    batch_size: int,
-) -> dict:
-    """How alike the true class's CAM is before and after an attack on that map alone.
-
-    The attack lowers the sum of the map over the k cells that were largest, from the random points
-    of the released evaluation.
-
-    Returns:
-        {"same": bits, whether the predicted class stayed, "tau", "spearman", "top_k", "cosine": a
-        number per image or None where a map is constant, "seconds": float}
-
-    Source: Boopathy et al. (ICML 2020), after Ghorbani et al. (2019).
-    """
-    found = {"same": [], "tau": [], "spearman": [], "top_k": [], "cosine": []}
-    began = time.perf_counter()
-    image = split.images.shape[1:]
-    starts = released_draws(len(split), len(index), image, _classes(model, split), seed).start(eps)
-    for (x, y), start in zip(
-        batches(model, split, index, batch_size), starts.split(batch_size), strict=True
-    ):
-        attack = attack_interpretation(
-            model, x, y, eps=eps, k=k, steps=steps, step_size=step_size, start=start.to(x)
-        )
-        maps = attack.maps, attack.maps_adv
-        found["same"].append(attack.unchanged)
-        found["tau"].append(metrics.kendall_tau(*maps))
-        found["spearman"].append(metrics.spearman(*maps))
-        found["top_k"].append(metrics.top_k_intersection(*maps, k))
-        found["cosine"].append(metrics.cosine_similarity(*maps))
-    same = bits(torch.cat(found.pop("same")))
-    numbers = {name: _numbers(torch.cat(parts)) for name, parts in found.items()}
-    return {"same": same, **numbers, "seconds": time.perf_counter() - began}
-
-
-def _classes(model: nn.Module, split: Split) -> int:
-    x, _ = next(batches(model, split, torch.arange(1), 1))
-    with torch.no_grad(), eval_mode(model):
-        return model(x).shape[1]
-
-
-def bound(
-    model: nn.Module,
-    split: Split,
-    index: torch.Tensor,
-    *,
-    rounds: int,
-    steps: int,
-    seed: int,
-    batch_size: int,
-) -> dict:
-    """Proposition 1 at the least eps, found by bisection, at which PGD on the margin succeeds.
-
-    With maps that add up to their logits (CAM / (h w)) and x' classified t',
-    (d_t + d_t') / 2 >= (f_t(x) - f_t'(x)) / 2. Images that are wrong from the start, and those that
-    no eps up to 1 changes, are left out.
-
-    Returns:
-        {"margin": right side, "discrepancy": left side, "eps": radius}, a number per image.
-
-    Source: Boopathy et al. (ICML 2020), Proposition 1.
-    """
-    found = {"margin": [], "discrepancy": [], "eps": []}
-
-    def attack(model, x, y, network, generator):
-        eps = torch.full((len(x),), FIRST_EPS, device=x.device)
-        low, high = torch.zeros_like(eps), torch.full_like(eps, torch.inf)
-        least = x.clone()
-        with attacked(model, network) as logits:
-            for _ in range(rounds):
-                z = maximise(
-                    lambda z: margin(logits(z), y),
-                    x,
-                    eps=eps,
-                    step_size=2.5 * eps / steps,
-                    steps=steps,
-                )
-                with torch.no_grad():
-                    won = logits(z).argmax(1) != y
-                least = torch.where(won[:, None, None, None], z, least)
-                low, high = torch.where(won, low, eps), torch.where(won, eps, high)
-                eps = torch.where(high.isfinite(), (low + high) / 2, 2 * eps).clamp(max=1)
-        found["eps"].append(high)
-        return least
-
-    for x, y, x_adv in attacked_batches(
-        model, split, index, attack, batch_size=batch_size, seed=seed
-    ):
-        with eval_mode(model), torch.no_grad():
-            maps, logits = cam(model, x, return_logits=True)
-            maps_adv, logits_adv = cam(model, x_adv, return_logits=True)
-        distance = map_distance(maps, maps_adv, normalize="pixels")
-        weights = class_weights("two", logits_adv, y)
-        reached = logits_adv.argmax(1, keepdim=True)
-        margins = (logits.gather(1, y[:, None]) - logits.gather(1, reached))[:, 0] / 2
-        counted = (logits.argmax(1) == y) & (reached[:, 0] != y)
-        found["margin"].append(margins[counted])
-        found["discrepancy"].append((weights * distance).sum(1)[counted])
-        found["eps"][-1] = found["eps"][-1][counted]
-    return {name: torch.cat(parts).tolist() for name, parts in found.items()}
-
-
-def _numbers(values: torch.Tensor) -> list[float | None]:
-    """As JSON has them, which knows no NaN."""
-    return [value if value == value else None for value in values.tolist()]
 
 
 def landscape(

@@ -11,7 +11,7 @@ from torch import nn
 
 from fastinterp.attacks import pgd, unforeseen
 from fastinterp.data import Dataset
-from fastinterp.evaluation import measure
+from fastinterp.evaluation import measure, measure_maps
 from fastinterp.evaluation.accuracy import choose_examples
 from fastinterp.evaluation.protocol import Protocol
 from fastinterp.evaluation.results import Results, fingerprint, model_fingerprint
@@ -68,7 +68,7 @@ def evaluate(
         progress: called with the name of a piece that begins and the number of all pieces.
 
     Returns:
-        By (network, kind, eps); see measure.py for what each kind gives.
+        By (network, kind, eps); see measure.py and measure_maps.py for what each kind gives.
     """
     pieces = list(plan(protocol, networks, data, batch_size))
     found = {}
@@ -153,14 +153,27 @@ def plan(
             )
 
             def aai(network, where, now=now):
-                return measure.aai(network.model, split, where, **now, **seeded)
+                return measure_maps.aai(network.model, split, where, **now, **seeded)
 
             yield piece(network, "aai", eps, aai, now)
+        for classes in protocol.isa_classes:
+            now = dict(
+                classes=classes,
+                ratios=protocol.isa_ratios,
+                norm=protocol.isa_norm,
+                rounds=protocol.isa_rounds,
+                steps=protocol.isa_steps,
+            )
+
+            def isa(network, where, now=now):
+                return measure_maps.isa(network.model, split, where, **now, **seeded)
+
+            yield piece(network, f"isa-{classes}", None, isa, now)
         if protocol.bound_examples:
             now = dict(rounds=protocol.bound_rounds, steps=protocol.bound_steps)
 
             def bound(network, where, now=now):
-                return measure.bound(network.model, split, where, **now, **seeded)
+                return measure_maps.bound(network.model, split, where, **now, **seeded)
 
             yield piece(network, "bound", None, bound, now, index[: protocol.bound_examples])
     for network in networks:

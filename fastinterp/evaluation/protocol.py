@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from fastinterp.attacks import CALIBRATED
 from fastinterp.attacks.losses import LOSSES
+from fastinterp.attacks.sneaking import CLASSES as ISA_CLASSES
 
 PROTOCOLS = ("paper", "strong")
 _GREY = 1 / 255
@@ -49,6 +50,11 @@ class Protocol:
             points, its step falling from ``strong_step(eps)`` to a fifth; no losses, no strong
             attack.
         aai_eps, aai_k, aai_steps: the attack against interpretability; no eps, no attack.
+        isa_classes, isa_norm: the interpretability sneaking attack keeps the maps of each of these
+            choices of classes, "one", "two", "all"; none, no attack.
+        isa_ratios: its eps, in units of the least eps that flips an image, >= 1.
+        isa_rounds, isa_steps: rounds of its binary searches, first for eps, then for gamma, and
+            steps of the attack in each, which together go 2 eps far.
         bound_examples, bound_rounds, bound_steps: images of Proposition 1, rounds of the binary
             search for the least successful eps, steps of the attack in each; 0 images for none.
         unforeseen: kinds of unforeseen attacks with their eps, as many steps as PGD's last.
@@ -68,6 +74,11 @@ class Protocol:
     aai_eps: tuple[float, ...] = ()
     aai_k: int = 8
     aai_steps: int = 200
+    isa_classes: tuple[str, ...] = ()
+    isa_norm: str = "l1"
+    isa_ratios: tuple[float, ...] = (1.0, 1.25, 1.5, 1.75, 2.0)
+    isa_rounds: int = 10
+    isa_steps: int = 40
     bound_examples: int = 0
     bound_rounds: int = 10
     bound_steps: int = 40
@@ -81,9 +92,14 @@ class Protocol:
                     raise ValueError(f"{name} must be finite numbers > 0, got {eps}")
         if list(self.steps) != sorted(set(self.steps)) or not self.steps or self.steps[0] < 1:
             raise ValueError(f"steps must be increasing numbers >= 1, got {list(self.steps)}")
-        for name in ("restarts", "aai_k", "aai_steps", "bound_rounds", "bound_steps"):
+        counts = ("restarts", "aai_k", "aai_steps", "isa_rounds", "isa_steps")
+        for name in (*counts, "bound_rounds", "bound_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if list(self.isa_ratios) != sorted(set(self.isa_ratios)) or self.isa_ratios[0] < 1:
+            raise ValueError(
+                f"isa_ratios must be increasing numbers >= 1, got {list(self.isa_ratios)}"
+            )
         for name in ("examples", "bound_examples", "sanity_examples"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
@@ -103,7 +119,14 @@ def protocol(name: str, dataset: str) -> Protocol:
         raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {name!r}")
     eps, trained, aai = _RADII[dataset]
     paper = Protocol(
-        name, dataset, examples=200, eps=eps, trained_eps=trained, aai_eps=aai, bound_examples=100
+        name,
+        dataset,
+        examples=200,
+        eps=eps,
+        trained_eps=trained,
+        aai_eps=aai,
+        isa_classes=ISA_CLASSES,
+        bound_examples=100,
     )
     if name == "strong":
         return replace(
@@ -112,6 +135,7 @@ def protocol(name: str, dataset: str) -> Protocol:
             losses=tuple(LOSSES),
             unforeseen=tuple((_IMAGENET if "imagenet" in dataset else _CIFAR10).items()),
             aai_eps=(),
+            isa_classes=(),
             bound_examples=0,
         )
     return paper

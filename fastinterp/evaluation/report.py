@@ -54,6 +54,7 @@ def sections(
         Section("Findings", [Notice(f.text, f.warning) for f in findings(summary)]),
         _accuracy(summary),
         _similarity(summary),
+        _sneaking(summary),
         _bound(summary),
         _heat_maps(summary, networks, data),
         _unforeseen(summary),
@@ -171,6 +172,36 @@ def _similarity(summary: Summary) -> Section:
     caption = "Kendall's tau between the clean and the attacked map of the true class."
     curves = Picture(figures.similarity_curves(summary), caption)
     return Section("Interpretation under attack", [text, tables[0], curves, *tables[1:]])
+
+
+def _sneaking(summary: Summary) -> Section:
+    protocol, shown = summary.protocol, summary.sneaked
+    title = "Interpretability sneaking attack"
+    if not shown:
+        return Section(title, [])
+    rows = []
+    for network in shown:
+        for classes in protocol.isa_classes:
+            found = summary.sneaking(network, classes)
+            rows.append([f"{network}, {classes}-class", str(found.images), f"{found.eps:.3g}"])
+            rows[-1] += [f"{mean:.3f}" for mean in found.means] + [f"{found.slope:.3f}"]
+    head = ["network, maps", "images", "least eps, median", *map(str, protocol.isa_ratios), "slope"]
+    text = Text(
+        "ISA turns an image into a random other class while the CAMs of the true class (one-class),"
+        " of the true and the target class (two-class) or of all classes stay as near as possible. "
+        f"Normalised {protocol.isa_norm} discrepancy, in units of the size of the clean maps, at "
+        "eps from the least that reaches the class upwards, and the slope of the least-squares "
+        "line. Means over the images that are classified right and can be turned."
+    )
+    caption = "The less a curve can fall, the less an attacker can hide that the class has changed."
+    return Section(
+        title,
+        [
+            text,
+            Table("Normalised discrepancy by eps / least eps", head, rows),
+            Picture(figures.sneaking_curves(summary), caption),
+        ],
+    )
 
 
 def _bound(summary: Summary) -> Section:
