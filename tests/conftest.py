@@ -61,6 +61,19 @@ def small_net():
 
 
 @pytest.fixture
+def saved_net(tmp_path, monkeypatch):
+    """An untrained Small whose weights are net.safetensors in the current folder, a new one."""
+    from safetensors.torch import save_file
+
+    from fastinterp.models import create_model
+
+    monkeypatch.chdir(tmp_path)
+    net = create_model("small", 1, 10)
+    save_file(net.state_dict(), "net.safetensors")
+    return net
+
+
+@pytest.fixture
 def batch():
     """Eight 28x28 images in [0,1] and labels."""
     return torch.rand(8, 1, 28, 28), torch.randint(0, 10, (8,))

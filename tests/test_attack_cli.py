@@ -5,27 +5,19 @@ import csv
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
+from fastinterp.attacks.distortions.jpeg import LUMINANCE, dct_matrix
 from fastinterp.cli import main
 from fastinterp.data import load_dataset
 from fastinterp.evaluation import choose_examples
-from fastinterp.models import create_model
 
 OPTIONS = "--dataset digits --examples 7 --steps 3 --eps 0.1 --device cpu --out out".split()
 
 
-@pytest.fixture
-def net(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    net = create_model("small", 1, 10)
-    save_file(net.state_dict(), "net.safetensors")
-    return net
-
-
 @pytest.mark.parametrize("extra", ["", "--random-start --restarts 2 --loss margin --early-stop"])
-def test_images_and_table(net, tmp_path, extra):
+def test_images_and_table(saved_net, tmp_path, extra):
     assert main(["attack", "net.safetensors", *OPTIONS, *extra.split(), "--batch-size", "3"]) == 0
     written = load_file(tmp_path / "out" / "adversarial.safetensors")
     index = choose_examples(360, 7, 99)
@@ -40,7 +32,7 @@ def test_images_and_table(net, tmp_path, extra):
         rows = list(csv.DictReader(file))
     assert [int(row["index"]) for row in rows] == index.tolist()
     with torch.no_grad():
-        logits, logits_adv = net(x), net(x_adv)
+        logits, logits_adv = saved_net(x), saved_net(x_adv)
     for name, f in (("clean", logits), ("adversarial", logits_adv)):
         assert [int(row[f"{name}_prediction"]) for row in rows] == f.argmax(1).tolist()
         losses = [float(row[f"{name}_loss"]) for row in rows]
@@ -50,7 +42,27 @@ def test_images_and_table(net, tmp_path, extra):
     assert sizes == pytest.approx((x_adv - x).abs().flatten(1).amax(1).tolist(), rel=1e-4)
 
 
-def test_seed_decides_the_random_start(net, tmp_path):
+def test_unforeseen_attacks(saved_net, tmp_path):
+    options = [*OPTIONS, "--attack", "jpeg_linf", "--eps", "2", "--step-size", "0.5"]
+    assert main(["attack", "net.safetensors", *options]) == 0
+    path = tmp_path / "out" / "adversarial.safetensors"
+    with safe_open(path, "pt") as file:
+        said = file.metadata()
+    assert (said["kind"], said["eps"], said["steps"]) == ("jpeg_linf", "2.0", "3")
+    written = load_file(path)
+    x, _ = load_dataset("digits").test.batch(written["index"])
+    # no coefficient has moved by more than a quantisation step
+    change = written["images"] - x
+    largest = torch.einsum(
+        "xu,uv,vy->xy",
+        dct_matrix().T.abs(),
+        torch.tensor(LUMINANCE).view(8, 8).double(),
+        dct_matrix().abs(),
+    )
+    assert 0.1 < change.abs().max() <= largest.max() / 255
+
+
+def test_seed_decides_the_random_start(saved_net, tmp_path):
     seen = []
     for out, seed in (("a", "1"), ("b", "1"), ("c", "2")):
         options = [*OPTIONS[:-1], out, "--examples", "0", "--random-start", "--steps", "1"]
@@ -65,13 +77,15 @@ def test_seed_decides_the_random_start(net, tmp_path):
         ("--eps -1", "eps must be a finite number >= 0, got -1.0"),
         ("--norm L1", "--norm must be one of Linf, L2, got 'L1'"),
         ("--loss mse", "--loss must be one of ce, margin, dlr, got 'mse'"),
+        ("--attack fgsm", "--attack must be one of pgd, jpeg_linf, jpeg_l2, jpeg_l1, elastic, fog"),
+        ("--attack snow --restarts 2 --eps 1", "--restarts is for --attack pgd, not for snow"),
         ("--restarts 0", "--restarts must be at least 1, got 0"),
         ("--final-step-size 0", "--final-step-size must be > 0, got 0"),
         ("--examples 400", "examples must be between 0 (all) and 360, got 400"),
         ("--out a-file", "--out a-file: the folder cannot be made"),
     ],
 )
-def test_bad_input(net, tmp_path, capsys, options, message):
+def test_bad_input(saved_net, tmp_path, capsys, options, message):
     (tmp_path / "a-file").write_text("precious")
     assert main(["attack", "net.safetensors", *OPTIONS, *options.split()]) == 1
     error = capsys.readouterr().err
@@ -79,7 +93,13 @@ def test_bad_input(net, tmp_path, capsys, options, message):
     assert not list((tmp_path).glob("out/*")) and (tmp_path / "a-file").read_text() == "precious"
 
 
-def test_eval_takes_the_same_options(net, capsys):
+def test_sizes_of_unforeseen_attacks_are_not_guessed(saved_net, capsys):
+    assert main(["attack", "net.safetensors", "--dataset", "digits", "--attack", "elastic"]) == 1
+    message = "--attack elastic needs --eps; published sizes are 0.125 0.25 0.5 1 2 8 (cifar10)"
+    assert message in capsys.readouterr().err
+
+
+def test_eval_takes_the_same_options(saved_net, capsys):
     command = "--dataset digits --examples 9 --steps 2 --random-start --loss dlr --norm L2".split()
     assert main(["eval", "net.safetensors", *command, "--device", "cpu"]) == 0
     assert "PGD 0.3" in capsys.readouterr().out

@@ -4,22 +4,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 from fastinterp import maps
 from fastinterp.cli import main
 from fastinterp.evaluation.overlays import MAPS, explain, overlay_figure
-from fastinterp.models import create_model
 
 OPTIONS = "--dataset digits --steps 2 --device cpu --out out".split()
-
-
-@pytest.fixture
-def net(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    net = create_model("small", 1, 10)
-    save_file(net.state_dict(), "net.safetensors")
-    return net
 
 
 def picture(path, size=(28, 28), mode="L"):
@@ -28,7 +18,7 @@ def picture(path, size=(28, 28), mode="L"):
     Image.fromarray(pixels, mode).save(path)
 
 
-def test_overlays_of_test_images(net, tmp_path, capsys):
+def test_overlays_of_test_images(saved_net, tmp_path, capsys):
     assert main(["explain", "net.safetensors", *OPTIONS, "--index", "3", "7"]) == 0
     out = capsys.readouterr().out
     assert "test-3" in out and "2 overlays in out" in out
@@ -37,7 +27,7 @@ def test_overlays_of_test_images(net, tmp_path, capsys):
             assert image.width > 5 * image.height > 500
 
 
-def test_overlays_of_files_and_folders(net, tmp_path, capsys):
+def test_overlays_of_files_and_folders(saved_net, tmp_path, capsys):
     (tmp_path / "folder").mkdir()
     picture(tmp_path / "folder" / "one.png")
     picture(tmp_path / "folder" / "two.jpg", mode="RGB")
@@ -51,25 +41,25 @@ def test_overlays_of_files_and_folders(net, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("kind", MAPS)
-def test_maps_and_discrepancy_are_of_the_true_and_the_reached_class(net, kind):
+def test_maps_and_discrepancy_are_of_the_true_and_the_reached_class(saved_net, kind):
     x, x_adv = torch.rand(2, 4, 1, 28, 28).unbind()
     y = torch.tensor([0, 1, 2, 3])
-    found = explain(net, x, x_adv, y, kind)
-    reached = net(x_adv).argmax(1)
-    assert torch.equal(found.after, reached) and torch.equal(found.before, net(x).argmax(1))
+    found = explain(saved_net, x, x_adv, y, kind)
+    reached = saved_net(x_adv).argmax(1)
+    assert torch.equal(found.after, reached) and torch.equal(found.before, saved_net(x).argmax(1))
     assert found.maps.shape[:2] == (4, 2)
     if kind == "cam":
         for column, classes in enumerate((y, reached)):
-            expected = maps.cam(net, x_adv, classes, detach=True)[:, 0]
+            expected = maps.cam(saved_net, x_adv, classes, detach=True)[:, 0]
             torch.testing.assert_close(found.maps_adv[:, column], expected)
         each = (found.maps - found.maps_adv).abs().sum((2, 3))
         torch.testing.assert_close(found.discrepancy, each.mean(1))
-    assert explain(net, x, x_adv, None, kind).true.equal(net(x).argmax(1))
+    assert explain(saved_net, x, x_adv, None, kind).true.equal(saved_net(x).argmax(1))
 
 
-def test_pictures_of_a_row_share_a_colour_scale_around_zero(net):
+def test_pictures_of_a_row_share_a_colour_scale_around_zero(saved_net):
     x, x_adv = torch.rand(2, 2, 1, 28, 28).unbind()
-    found = explain(net, x, x_adv, torch.tensor([1, 2]))
+    found = explain(saved_net, x, x_adv, torch.tensor([1, 2]))
     figure = overlay_figure(found, tuple("abcdefghij"))
     for i in range(2):
         axes = figure.axes[6 * i : 6 * i + 6]
@@ -80,7 +70,7 @@ def test_pictures_of_a_row_share_a_colour_scale_around_zero(net):
         assert axes[1].get_title() == f"map of {'abc'[i + 1]} (true)"
 
 
-def test_bad_images(net, tmp_path, capsys):
+def test_bad_images(saved_net, tmp_path, capsys):
     (tmp_path / "folder").mkdir()
     picture(tmp_path / "folder" / "fine.jpg")
     whole = (tmp_path / "folder" / "fine.jpg").read_bytes()

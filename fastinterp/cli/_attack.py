@@ -2,18 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from jsonargparse import ArgumentParser
 
 from fastinterp._checks import check_attack
+from fastinterp.attacks import CALIBRATED, pgd, unforeseen
 from fastinterp.attacks.losses import LOSSES
 
+ATTACKS = ("pgd", *CALIBRATED)
 _NORMS = ("Linf", "L2")
+_PGD = dict(eps=0.3, step_size=0.01)
+# What an unforeseen attack takes of the options, and what it has no use for.
+_UNFORESEEN = ("steps", "step_size", "loss", "early_stop")
+_PGD_ALONE = dict(norm="Linf", final_step_size=None, random_start=False, restarts=1)
+
+
+def add_attack(parser: ArgumentParser, examples: int) -> None:
+    """The options of one attack at one radius, on ``examples`` images."""
+    parser.add_argument("--attack", default="pgd", help=", ".join(ATTACKS))
+    parser.add_argument(
+        "--eps",
+        type=float | None,
+        default=None,
+        help=f"radius, images in [0,1] (default: {_PGD['eps']}); of the attacks but pgd the size, "
+        "in units of its own",
+    )
+    add_pgd(parser)
+    add_examples(parser, examples)
 
 
 def add_pgd(parser: ArgumentParser) -> None:
     """The options of PGD but its radius."""
     parser.add_argument("--steps", type=int, default=200, help="attack steps")
-    parser.add_argument("--step-size", type=float, default=0.01, help="size of one step")
+    parser.add_argument(
+        "--step-size",
+        type=float | None,
+        default=None,
+        help=f"size of one step (default: {_PGD['step_size']}; of the attacks but pgd, that of "
+        "their authors)",
+    )
     parser.add_argument(
         "--final-step-size",
         type=float | None,
@@ -47,8 +76,9 @@ def pgd_settings(arguments, radii: list[float]) -> dict:
     Raises:
         ValueError: an option is out of its range; also if it is one of ``radii``.
     """
+    step_size = _PGD["step_size"] if arguments.step_size is None else arguments.step_size
     for eps in radii:
-        check_attack(eps, arguments.step_size, arguments.steps)
+        check_attack(eps, step_size, arguments.steps)
     for name, allowed in (("norm", _NORMS), ("loss", LOSSES)):
         if arguments[name] not in allowed:
             raise ValueError(
@@ -60,5 +90,34 @@ def pgd_settings(arguments, radii: list[float]) -> dict:
             raise ValueError(f"--{option} must be at least 1, got {arguments[name]}")
     if arguments.final_step_size is not None and not arguments.final_step_size > 0:
         raise ValueError(f"--final-step-size must be > 0, got {arguments.final_step_size}")
-    names = ("steps", "step_size", "final_step_size", "norm", "loss", "random_start", "restarts")
-    return {name: arguments[name] for name in (*names, "early_stop")}
+    names = (*_UNFORESEEN, *_PGD_ALONE)
+    return {name: arguments[name] for name in names} | {"step_size": step_size}
+
+
+def chosen_attack(arguments) -> tuple[Callable[..., torch.Tensor], dict]:
+    """attacks.pgd or attacks.unforeseen, and the options as its keyword arguments.
+
+    Raises:
+        ValueError: an option is out of its range, or not for this attack.
+    """
+    name, eps = arguments.attack, arguments.eps
+    if name not in ATTACKS:
+        raise ValueError(f"--attack must be one of {', '.join(ATTACKS)}, got {name!r}")
+    if name == "pgd":
+        eps = _PGD["eps"] if eps is None else eps
+        return pgd, {"eps": eps, **pgd_settings(arguments, [eps])}
+    if eps is None:
+        known = "; ".join(
+            f"{' '.join(f'{e:g}' for e in sizes.eps)} ({dataset})"
+            for dataset, sizes in CALIBRATED[name].items()
+        )
+        raise ValueError(f"--attack {name} needs --eps; published sizes are {known}")
+    settings = pgd_settings(arguments, [eps])
+    for option, default in _PGD_ALONE.items():
+        if settings[option] != default:
+            raise ValueError(f"--{option.replace('_', '-')} is for --attack pgd, not for {name}")
+    return unforeseen, {
+        "kind": name,
+        "eps": eps,
+        **{option: arguments[option] for option in _UNFORESEEN},
+    }

@@ -43,6 +43,14 @@ def add_networks(parser: ArgumentParser) -> None:
     add_common(parser)
 
 
+def add_one_network(parser: ArgumentParser) -> None:
+    """The weights of one network and what they are of."""
+    parser.add_argument(
+        "weights", type=str, help=".npz, .safetensors, or the folder of a method in a run"
+    )
+    add_networks(parser)
+
+
 def find_weights(paths: list[str]) -> list[Weights]:
     """The weights that are meant: files, folders of a method, or whole runs of fastinterp train.
 

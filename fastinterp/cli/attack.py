@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from functools import partial
 
 import torch
 from jsonargparse import ArgumentParser
@@ -13,9 +14,8 @@ from tqdm import tqdm
 
 from fastinterp._files import write_atomically
 from fastinterp._state import eval_mode
-from fastinterp.attacks import pgd
-from fastinterp.cli._attack import add_examples, add_pgd, pgd_settings
-from fastinterp.cli._networks import add_networks, load_one_network, writable_folder
+from fastinterp.cli._attack import add_attack, chosen_attack
+from fastinterp.cli._networks import add_one_network, load_one_network, writable_folder
 from fastinterp.evaluation import attacked_batches, choose_examples
 
 HELP = "adversarial images as safetensors, and a CSV of what became of each"
@@ -28,27 +28,19 @@ COLUMNS = (
 
 def parser(argv: list[str]) -> ArgumentParser:
     attack = ArgumentParser(description=__doc__)
-    attack.add_argument(
-        "weights", type=str, help=".npz, .safetensors, or the folder of a method in a run"
-    )
-    add_networks(attack)
+    add_one_network(attack)
     attack.add_argument(
         "--out", type=str, default="adversarial", help=f"folder of {IMAGES_FILE} and {TABLE_FILE}"
     )
-    attack.add_argument("--eps", type=float, default=0.3, help="radius, images in [0,1]")
-    add_pgd(attack)
-    add_examples(attack, examples=0)
+    add_attack(attack, examples=0)
     return attack
 
 
 def run(arguments) -> int:
-    settings = pgd_settings(arguments, [arguments.eps])
+    function, settings = chosen_attack(arguments)
     folder = writable_folder("--out", arguments.out)
     network, data = load_one_network(arguments)
     index = choose_examples(len(data.test), arguments.examples, arguments.seed)
-
-    def attack(model, x, y, **context):
-        return pgd(model, x, y, eps=arguments.eps, **settings, **context)
 
     images, rows = [], []
     with tqdm(total=len(index), desc="attack", unit="img", disable=None) as bar:
@@ -56,7 +48,7 @@ def run(arguments) -> int:
             network.model,
             data.test,
             index,
-            attack,
+            partial(function, **settings),
             batch_size=arguments.batch_size,
             seed=arguments.seed,
             progress=bar.update,
@@ -64,7 +56,7 @@ def run(arguments) -> int:
             images.append(x_adv.cpu())
             rows += _rows(network.model, x, y, x_adv)
     tensors = {"images": torch.cat(images), "labels": data.test.labels[index], "index": index}
-    said = {"weights": network.source, "dataset": data.name, "eps": str(arguments.eps)}
+    said = {"weights": network.source, "dataset": data.name, "attack": arguments.attack}
     said |= {name: str(value) for name, value in settings.items()}
     write_atomically(
         folder / IMAGES_FILE, lambda temporary: save_file(tensors, temporary, metadata=said)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from fastinterp._files import write_atomically
 from fastinterp.cli._attack import add_examples, add_pgd, pgd_settings
-from fastinterp.cli._networks import add_networks, load_one_network
+from fastinterp.cli._networks import add_one_network, load_one_network
 from fastinterp.evaluation import choose_examples, evaluate_pgd
 
 HELP = "accuracy of saved weights, clean and under attack"
@@ -21,10 +21,7 @@ ATTACKS = ("pgd", "none")
 
 def parser(argv: list[str]) -> ArgumentParser:
     evaluate = ArgumentParser(description=__doc__)
-    evaluate.add_argument(
-        "weights", type=str, help=".npz, .safetensors, or the folder of a method in a run"
-    )
-    add_networks(evaluate)
+    add_one_network(evaluate)
     evaluate.add_argument("--attack", default="pgd", help=", ".join(ATTACKS))
     evaluate.add_argument(
         "--eps", type=float, nargs="+", default=[0.3], help="radii, images in [0,1]"

@@ -9,9 +9,8 @@ from jsonargparse import ArgumentParser
 from tabulate import tabulate
 
 from fastinterp._files import write_atomically
-from fastinterp.attacks import pgd
-from fastinterp.cli._attack import add_examples, add_pgd, pgd_settings
-from fastinterp.cli._networks import add_networks, load_one_network, writable_folder
+from fastinterp.cli._attack import add_attack, chosen_attack
+from fastinterp.cli._networks import add_one_network, load_one_network, writable_folder
 from fastinterp.data import Dataset, Split
 from fastinterp.data.pictures import find_pictures, read_pictures
 from fastinterp.evaluation import choose_examples
@@ -23,10 +22,7 @@ HELP = "overlays of interpretation maps, clean beside perturbed"
 
 def parser(argv: list[str]) -> ArgumentParser:
     options = ArgumentParser(description=__doc__)
-    options.add_argument(
-        "weights", type=str, help=".npz, .safetensors, or the folder of a method in a run"
-    )
-    add_networks(options)
+    add_one_network(options)
     options.add_argument(
         "--images",
         type=str,
@@ -37,14 +33,12 @@ def parser(argv: list[str]) -> ArgumentParser:
     options.add_argument("--index", type=int, nargs="+", default=[], help="test images by number")
     options.add_argument("--map", default="cam", help=", ".join(MAPS))
     options.add_argument("--out", type=str, default="explained", help="folder of the PNG files")
-    options.add_argument("--eps", type=float, default=0.3, help="radius, images in [0,1]")
-    add_pgd(options)
-    add_examples(options, examples=5)
+    add_attack(options, examples=5)
     return options
 
 
 def run(arguments) -> int:
-    settings = pgd_settings(arguments, [arguments.eps])
+    function, settings = chosen_attack(arguments)
     if arguments.map not in MAPS:
         raise ValueError(f"--map must be one of {', '.join(MAPS)}, got {arguments.map!r}")
     if arguments.images and arguments.index:
@@ -57,7 +51,7 @@ def run(arguments) -> int:
     def attack(model, x, y, **context):
         # A file has no label: what the network says of it is to be left.
         labels = model(x).argmax(1) if files else y
-        return pgd(model, x, labels, eps=arguments.eps, **settings, **context)
+        return function(model, x, labels, **settings, **context)
 
     rows = []
     batches = attacked_batches(
