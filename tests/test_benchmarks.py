@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import gate, memory, networks, peers, record, step, tables, units
+from benchmarks import attacks, gate, memory, networks, peers, record, step, tables, units
 from benchmarks.problem import DTYPES, Problem, balanced_weight
 
 TINY = Problem(net="small", batch=3, size=12, dtype="fp64")
@@ -195,6 +195,33 @@ def test_peak_memory_in_a_process_of_its_own():
     assert kept < peak < 1000
     with pytest.raises(RuntimeError, match="nonsense"):
         memory.in_own_process("nonsense", TINY)
+
+
+@pytest.mark.parametrize("name", attacks.ATTACKS)
+def test_attacks_end_at_the_same_images(name):
+    assert attacks.check(name) <= attacks.ALLOWED
+
+
+def test_attacks_that_end_elsewhere_are_not_timed(monkeypatch, tmp_path):
+    loss, ours = attacks.ATTACKS["PGD"]
+    monkeypatch.setitem(attacks.ATTACKS, "PGD", (loss, lambda *how: ours(*how) + 1e-6))
+    with pytest.raises(SystemExit, match="PGD: the sides' images differ by 1.0e-06, not timed"):
+        attacks.main(["--attacks", "PGD", "--csv", str(tmp_path / "rows.csv")])
+    assert not (tmp_path / "rows.csv").exists()
+
+
+def test_rows_of_attacks(monkeypatch, tmp_path):
+    for name, value in (("BATCH", 4), ("ALONE", 2)):
+        monkeypatch.setattr(attacks, name, value)
+    path = tmp_path / "rows.csv"
+    attacks.main(["--steps", "1", "--repeats", "2", "--csv", str(path)])
+    (newest,) = tables.read(path)
+    assert [key[2] for key in newest] == ["eager", "eager batched", "fastinterp"] * 2
+    line = cells(
+        tables.beside_peers(newest), "| attacks     | AAI small 28x28, 1 steps, per image | fast"
+    )
+    ours, eager = (float(line[i]) for i in (3, 5))
+    assert line[4] == "eager" and float(line[6][:-1]) == pytest.approx(eager / ours, rel=0.01)
 
 
 def row(side, ms="", note="", **more):
