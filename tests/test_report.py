@@ -188,10 +188,16 @@ def test_worst_of_several_attacks_is_taken_image_by_image():
     settings = replace(protocol("strong", "mnist"), eps=(0.3,), steps=(2,))
     each = {"no-start": {"2": "1111"}, "random-start": {"2": "1110"}}
     each |= {"strong-ce": "1101", "strong-margin": "1111", "strong-dlr": "0111"}
+    each |= {"autoattack": "1111"}
     found = {("n", kind, 0.3): {"correct": correct} for kind, correct in each.items()}
     found["n", "clean", None] = {"correct": "11110"}
     tested = Summary(settings, ["n"], found, torch.tensor([3, 2, 1, 4]))
     assert tested.accuracy("n", "worst", 0.3).correct == 1
+    (left,) = rules.trained_eps(tested)
+    assert not left.warning and left.text == (
+        "n at eps 0.3, which training aims at: 100.0 % under PGD-2, no random start, 25.0 % in the "
+        "worst of all attacks; 3 of 4 images fall to a stronger attack only."
+    )
     assert tested.accuracy("n", "no-start", 0).correct == 3
     assert tested.clean("n").examples == 5
 
@@ -291,6 +297,7 @@ def test_strong_protocol_of_a_run_with_its_training_curves(tmp_path):
     options = "--protocol strong --examples 6 --steps 2 --eps 0.2 --device cpu --out out".split()
     assert main(["report", "run", *options]) == 0
     text = (tmp_path / "out" / "report.md").read_text()
+    assert "AutoAttack, apgd: accuracy by eps" in text and "| pyautoattack" in text
     for part in ("5 restarts, margin", "5 restarts, dlr", "worst of these", "Training run of int"):
         assert part in text
     assert "Cost of a training step" in text
@@ -319,6 +326,7 @@ def test_pages_escape_what_they_are_given():
         ("--eps -0.1", "eps must be finite numbers > 0, got -0.1"),
         ("--steps 5 1", "steps must be increasing numbers >= 1, got [5, 1]"),
         ("--examples 5000", "examples must be between 0 (all) and 360, got 5000"),
+        ("--autoattack plus", "autoattack must be one of standard, apgd or empty, got 'plus'"),
         ("--batch-size 0", "--batch-size must be at least 1, got 0"),
         ("--model vgg", "unknown model 'vgg'"),
         ("--model pool", "holds the weights of another network than Pool"),

@@ -2,12 +2,14 @@
 
 losses.py           what an attack on the classification raises
 pgd.py              projected gradient ascent, PGD
+autoattack.py       AutoAttack, by the package pyautoattack
 interpretation.py   against the map (AAI): top-k, centre of mass, towards a given map
 unforeseen.py       beyond Lp norms (UAR); distortions/ has what is searched in
 sneaking.py         another class, the same map (ISA): least eps, largest gamma
 released.py         the random numbers of the paper's released evaluation
 """
 
+from fastinterp.attacks.autoattack import autoattack
 from fastinterp.attacks.interpretation import InterpretationAttack, attack_interpretation
 from fastinterp.attacks.losses import LOSSES, margin
 from fastinterp.attacks.pgd import attacked, maximise, pgd, random_start
@@ -24,6 +26,7 @@ __all__ = [
     "attack_interpretation",
     "attack_sneaking",
     "attacked",
+    "autoattack",
     "least_eps",
     "margin",
     "maximise",

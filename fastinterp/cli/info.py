@@ -16,7 +16,7 @@ from fastinterp import _native
 from fastinterp.ops import _backend
 
 HELP = "versions, processor features and the backend of every op"
-PACKAGES = ("torch", "torchvision", "triton", "numpy", "safetensors")
+PACKAGES = ("torch", "torchvision", "triton", "numpy", "safetensors", "pyautoattack")
 
 
 def parser(argv: list[str]) -> ArgumentParser:

@@ -10,6 +10,7 @@ from jsonargparse import ArgumentParser
 from tqdm import tqdm
 
 from fastinterp._files import write_atomically
+from fastinterp.attacks.autoattack import VERSIONS, autoattack_version
 from fastinterp.cli import set_up_device
 from fastinterp.cli._networks import (
     add_networks,
@@ -63,6 +64,13 @@ def parser(argv: list[str]) -> ArgumentParser:
     report.add_argument(
         "--steps", type=int, nargs="+", default=[], help="other numbers of PGD steps"
     )
+    report.add_argument(
+        "--autoattack",
+        type=str | None,
+        default=None,
+        help=f"version for the strong protocol: {', '.join(VERSIONS)} or none "
+        "(default: standard on a GPU, apgd on a CPU)",
+    )
     report.add_argument("--batch-size", type=int, default=500, help="images at a time")
     return report
 
@@ -72,8 +80,10 @@ def run(arguments) -> int:
         raise ValueError(f"--batch-size must be at least 1, got {arguments.batch_size}")
     weights = find_weights(arguments.weights)
     model, dataset = model_and_dataset(weights, arguments)
-    settings = _settings(arguments, dataset)
     device = set_up_device(arguments.device, arguments.threads)
+    settings = _settings(arguments, dataset, device)
+    if settings.autoattack:
+        autoattack_version()  # raises before anything is computed
     data = load_images(dataset, arguments)
     networks = load_networks(weights, model, data, device)
     default = Path("reports") / f"{dataset}-{model}-{arguments.protocol}"
@@ -112,7 +122,7 @@ def run(arguments) -> int:
     return 0
 
 
-def _settings(arguments, dataset: str):
+def _settings(arguments, dataset: str, device):
     changed = {
         name: value
         for name, value in (
@@ -123,6 +133,10 @@ def _settings(arguments, dataset: str):
         if value is not None
     }
     settings = protocol(arguments.protocol, dataset)
+    if arguments.autoattack is not None:
+        changed["autoattack"] = arguments.autoattack.replace("none", "")
+    elif settings.autoattack and device.type == "cpu":
+        changed["autoattack"] = "apgd"
     if arguments.steps:
         changed |= {name: arguments.steps[-1] for name in ("aai_steps", "isa_steps", "bound_steps")}
     if arguments.examples:

@@ -23,7 +23,16 @@ class Finding:
 
 def findings(summary: Summary) -> list[Finding]:
     """Where a stronger attack breaks what the weak one did not, and the signs of masking."""
-    checks = (weak_attack, transfer, more_steps, unbounded, landscape, sneaking, proposition_1)
+    checks = (
+        weak_attack,
+        trained_eps,
+        transfer,
+        more_steps,
+        unbounded,
+        landscape,
+        sneaking,
+        proposition_1,
+    )
     return [finding for check in checks for finding in check(summary)]
 
 
@@ -69,6 +78,26 @@ def weak_attack(summary: Summary) -> list[Finding]:
             )
         )
     return broken
+
+
+def trained_eps(summary: Summary) -> list[Finding]:
+    """What is left where the networks were trained to hold, image by image the worst attack."""
+    eps = summary.protocol.trained_eps
+    if "worst" not in summary.attacks or eps not in summary.protocol.eps:
+        return []
+    shown, found = show_eps(eps, summary.protocol.dataset), []
+    for network in summary.networks:
+        weak, worst = (summary.accuracy(network, attack, eps) for attack in ("no-start", "worst"))
+        found.append(
+            Finding(
+                f"{network} at eps {shown}, which training aims at: {percent(weak)} under "
+                f"{summary.attacks['no-start']}, {percent(worst)} in the worst of all attacks; "
+                f"{weak.correct - worst.correct} of {weak.examples} images fall to a stronger "
+                "attack only.",
+                False,
+            )
+        )
+    return found
 
 
 def transfer(summary: Summary) -> list[Finding]:

@@ -9,7 +9,8 @@ from functools import partial
 import torch
 from torch import nn
 
-from fastinterp.attacks import pgd, unforeseen
+from fastinterp.attacks import autoattack, pgd, unforeseen
+from fastinterp.attacks.autoattack import autoattack_version
 from fastinterp.data import Dataset
 from fastinterp.evaluation import measure, measure_maps
 from fastinterp.evaluation.accuracy import choose_examples
@@ -140,6 +141,11 @@ def plan(
                     early_stop=True,
                 )
                 yield piece(network, f"strong-{loss}", eps, partial(under, **now), now)
+            if protocol.autoattack:
+                now = dict(eps=eps, version=protocol.autoattack)
+                compute = partial(under, attack=autoattack, **now)
+                package = {"pyautoattack": autoattack_version()}
+                yield piece(network, "autoattack", eps, compute, now, extra=package)
     for network in networks:
         x, _ = split.batch(index[:1])
         if find_cam_network(network.model, x.to(next(network.model.parameters()).device)) is None:

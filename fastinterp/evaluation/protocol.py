@@ -1,7 +1,8 @@
 """Which attacks a report runs, and with what settings.
 
 paper   what the paper did, on 200 images, with one random start beside every PGD number
-strong  what a sceptic does: random restarts, three losses, a falling step size, every test image
+strong  what a sceptic does: random restarts, three losses, a falling step size, AutoAttack,
+        unforeseen attacks, every test image
 
 Both end in the checks that a defence which masks its gradients fails.
 """
@@ -12,6 +13,7 @@ import math
 from dataclasses import dataclass, replace
 
 from fastinterp.attacks import CALIBRATED
+from fastinterp.attacks.autoattack import VERSIONS
 from fastinterp.attacks.losses import LOSSES
 from fastinterp.attacks.sneaking import CLASSES as ISA_CLASSES
 
@@ -49,6 +51,8 @@ class Protocol:
         losses, restarts: the strong attack tries every one of ``losses`` from ``restarts`` random
             points, its step falling from ``strong_step(eps)`` to a fifth; no losses, no strong
             attack.
+        autoattack: which version of AutoAttack is run, one of attacks.autoattack.VERSIONS; empty
+            for none.
         aai_eps, aai_k, aai_steps: the attack against interpretability; no eps, no attack.
         isa_classes, isa_norm: the interpretability sneaking attack keeps the maps of each of these
             choices of classes, "one", "two", "all"; none, no attack.
@@ -71,6 +75,7 @@ class Protocol:
     step_size: float = 0.01
     losses: tuple[str, ...] = ()
     restarts: int = 5
+    autoattack: str = ""
     aai_eps: tuple[float, ...] = ()
     aai_k: int = 8
     aai_steps: int = 200
@@ -96,6 +101,10 @@ class Protocol:
         for name in (*counts, "bound_rounds", "bound_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.autoattack not in ("", *VERSIONS):
+            raise ValueError(
+                f"autoattack must be one of {', '.join(VERSIONS)} or empty, got {self.autoattack!r}"
+            )
         if list(self.isa_ratios) != sorted(set(self.isa_ratios)) or self.isa_ratios[0] < 1:
             raise ValueError(
                 f"isa_ratios must be increasing numbers >= 1, got {list(self.isa_ratios)}"
@@ -133,6 +142,7 @@ def protocol(name: str, dataset: str) -> Protocol:
             paper,
             examples=0,
             losses=tuple(LOSSES),
+            autoattack="standard",
             unforeseen=tuple((_IMAGENET if "imagenet" in dataset else _CIFAR10).items()),
             aai_eps=(),
             isa_classes=(),

@@ -97,6 +97,8 @@ class Summary:
             "random-start": f"PGD-{self.last}, one random start",
             **{f"strong-{loss}": f"{self.protocol.restarts} restarts, {loss}" for loss in strong},
         }
+        if self.protocol.autoattack:
+            names["autoattack"] = f"AutoAttack, {self.protocol.autoattack}"
         return names | {"worst": "worst of these"} if len(names) > 2 else names
 
     def clean(self, network: str) -> Accuracy:
