@@ -1,17 +1,20 @@
 """fastinterp attack: what it writes is what it says."""
 
 import csv
+import os
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from fastinterp.attacks.distortions.jpeg import LUMINANCE, dct_matrix
 from fastinterp.cli import main
 from fastinterp.data import load_dataset
 from fastinterp.evaluation import choose_examples
+from fastinterp.models import create_model
 
 OPTIONS = "--dataset digits --examples 7 --steps 3 --eps 0.1 --device cpu --out out".split()
 
@@ -97,6 +100,42 @@ def test_sizes_of_unforeseen_attacks_are_not_guessed(saved_net, capsys):
     assert main(["attack", "net.safetensors", "--dataset", "digits", "--attack", "elastic"]) == 1
     message = "--attack elastic needs --eps; published sizes are 0.125 0.25 0.5 1 2 8 (cifar10)"
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["attack", "explain", "report"])
+def test_weights_that_do_not_fit_leave_no_trace(saved_net, tmp_path, capsys, command):
+    save_file(create_model("small", 1, 7).state_dict(), "seven.safetensors")
+    save_file(create_model("small", 3, 10).state_dict(), "colour.safetensors")
+    whole = (tmp_path / "net.safetensors").read_bytes()
+    (tmp_path / "half.safetensors").write_bytes(whole[: len(whole) // 2])
+    for name, message in (
+        ("seven", "head.weight is (7, 100), expected (10, 100)"),
+        ("colour", "conv0.weight is (16, 3, 4, 4), expected (16, 1, 4, 4)"),
+        ("half", "half.safetensors is damaged or not a weight file"),
+        ("absent", "no weights at absent.safetensors"),
+    ):
+        options = ["--dataset", "digits", "--device", "cpu", "--out", "out"]
+        assert main([command, f"{name}.safetensors", *options]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("fastinterp: error: ") and message in error
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["attack", "explain"])
+def test_interrupted_runs_leave_no_half_written_file(
+    saved_net, tmp_path, monkeypatch, capsys, command
+):
+    assert main([command, "net.safetensors", *OPTIONS]) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+    def interrupted(temporary, path):
+        Path(temporary).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    assert main([command, "net.safetensors", *OPTIONS, "--eps", "0.3"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
 def test_eval_takes_the_same_options(saved_net, capsys):

@@ -38,9 +38,9 @@ def parser(argv: list[str]) -> ArgumentParser:
 
 def run(arguments) -> int:
     function, settings = chosen_attack(arguments)
-    folder = writable_folder("--out", arguments.out)
     network, data = load_one_network(arguments)
     index = choose_examples(len(data.test), arguments.examples, arguments.seed)
+    folder = writable_folder("--out", arguments.out)
 
     images, rows = [], []
     with tqdm(total=len(index), desc="attack", unit="img", disable=None) as bar:
