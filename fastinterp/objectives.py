@@ -226,18 +226,19 @@ class IgNorm(Objective):
         classes = parse(y, x)
         weight = self.ig_weight / (len(x) if self.ig_weighting == "batch-mean" else 1)
 
-        def penalty(z):
+        def penalty(model, z):
             ig = along_path("ig-norm", model, z, classes, x, self.ig_steps, "right", of="loss")
             return weight * ig.abs().flatten(1).sum(1)
 
-        def raised(z):
-            if not self.adversarial:
-                return penalty(z)
-            return F.cross_entropy(model(z), y, reduction="none") + penalty(z)
+        with attacked(model, self._found_network(x)) as net:
 
-        with attacked(model, self._found_network(x)):
+            def raised(z):
+                if not self.adversarial:
+                    return penalty(net, z)
+                return F.cross_entropy(net(z), y, reduction="none") + penalty(net, z)
+
             x_adv = maximise(raised, x, eps=eps, start=start, **self._attack)
-        norm = penalty(x_adv).mean()  # first, with the statistics that the maximisation had
+        norm = penalty(model, x_adv).mean()  # first, with the statistics that the maximisation had
         ce = self._ce(model(x_adv if self.adversarial else x), y)
         return ce + norm, {"ce": ce.detach(), "ig_norm": norm.detach()}
 

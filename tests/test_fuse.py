@@ -835,7 +835,7 @@ def test_folded_cam_and_regularizer_of_a_fused_network(batch):
     stock = fi.create_model("small", 1, 10)
     fused = fi.fuse(copy.deepcopy(stock))
     x, y = batch
-    assert CamNetwork(fused, x).tail_name == "conv2"
+    assert CamNetwork(fused, x).form.tails == ("conv2",)
     assert not fi._state.depends_on_mode(fused)
     losses = []
     for net in (stock, fused):

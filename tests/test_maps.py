@@ -55,12 +55,11 @@ def test_attacked_form_folds_the_head_and_gives_everything_back(make, batch):
     before = {name: t.clone() for name, t in net.state_dict().items()}
     identity = {name: id(p) for name, p in net.named_parameters()}
     network = CamNetwork(net, x)
-    assert network.tail_name == ("conv2" if hasattr(net, "conv2") else "body.4")
+    assert network.form.tails == (("conv2",) if hasattr(net, "conv2") else ("body.4",))
     with network.attacked() as run:
         features, head, logits = run(x)
         assert head is None
         assert not logits.requires_grad
-        assert not net.training
     assert all(module.training for module in net.modules())
     assert {name: id(p) for name, p in net.named_parameters()} == identity
     assert all(torch.equal(before[name], t) for name, t in net.state_dict().items())
@@ -89,8 +88,8 @@ def test_nothing_stays_changed_after_an_error(batch):
 def test_hooked_or_grouped_last_convolution_is_not_folded(batch):
     net = create_model("small", 1, 10)
     net.conv2.register_forward_hook(lambda *_: None)
-    assert CamNetwork(net, batch[0]).tail_name is None
-    assert CamNetwork(create_model("pool", 1, 10), batch[0]).tail_name is None
+    assert CamNetwork(net, batch[0]).form is None
+    assert CamNetwork(create_model("pool", 1, 10), batch[0]).form.tails == ()
 
 
 class InPlace(nn.Module):
@@ -125,7 +124,7 @@ class Twice(nn.Module):
 @pytest.mark.parametrize("net", [InPlace(), Twice(tied=True), Twice(tied=False)])
 def test_a_head_is_not_folded_where_that_would_change_the_model(net, batch):
     network = CamNetwork(net, batch[0])
-    assert network.tail_name is None
+    assert network.form.tails == ()
     with network.attacked() as run:
         torch.testing.assert_close(run(batch[0])[2], net(batch[0]))
 

@@ -13,6 +13,7 @@ from fastinterp._checks import check_attack, check_images, check_labels
 from fastinterp._state import attack_parameters, eval_mode, substituted
 from fastinterp._timing import timed
 from fastinterp.attacks.losses import LOSSES, beaten, loss_function
+from fastinterp.folding import find_attack_form
 from fastinterp.maps import CamNetwork
 from fastinterp.ops.attack_step import attack_step, per_example
 
@@ -291,12 +292,28 @@ def pgd(
 _random_start = random_start  # under the name that pgd's argument hides
 
 
+class _Logits(nn.Module):
+    """Of an AttackForm the logits alone."""
+
+    def __init__(self, run: nn.Module):
+        super().__init__()
+        self.run = run
+
+    def forward(self, x):
+        return self.run(x)[1]
+
+
 @contextmanager
-def attacked(model: nn.Module, network: CamNetwork | None) -> Iterator:
-    """Logits as an inner maximisation wants them: evaluation mode, no parameter gradients."""
-    if network is not None:
-        with network.attacked() as run:
-            yield lambda z: run(z)[2]
+def attacked(model: nn.Module, network: CamNetwork | None = None) -> Iterator[nn.Module]:
+    """The model as an inner maximisation wants it: evaluation mode, no parameter gradients.
+
+    Inside, the module that it gives computes the model's logits, in the form of fastinterp.folding
+    where there is one.
+    """
+    form = find_attack_form(model) if network is None else network.form
+    if form is not None and form.fits():
+        with form.made() as run:
+            yield _Logits(run)
     else:
         with substituted(model, attack_parameters(model)), eval_mode(model):
             yield model

@@ -1,4 +1,4 @@
-"""A module's own forward as a torch.fx graph, every child a leaf, or the reason why there is none.
+"""A module's own forward as a torch.fx graph, its children leaves, or the reason why there is none.
 
 fx records what one run with placeholders does. Whatever else a forward may do is looked for here:
 questions about the type of an argument, in-place operators, gradient or autocast modes, custom
@@ -12,7 +12,7 @@ import inspect
 import random
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -71,12 +71,13 @@ def _modes():
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
-    def __init__(self, argument_type: type):
+    def __init__(self, argument_type: type, is_leaf: Callable[[nn.Module], bool]):
         super().__init__()
         self.argument_type, self.type_was_asked, self.modes = argument_type, False, _modes()
+        self.is_leaf = is_leaf
 
     def is_leaf_module(self, m, module_qualified_name):
-        return True
+        return self.is_leaf(m)
 
     def proxy(self, node):
         return _Proxy(node, self)
@@ -180,7 +181,7 @@ def _without_side_effects(module: nn.Module) -> Iterator[None]:
             snapshot.restore()
         now, python_now, numpy_now = _random_states()
         drew = (
-            not torch.equal(state, now)
+            state.numpy().tobytes() != now.numpy().tobytes()
             or python != python_now
             or numpy[2] != numpy_now[2]
             or not np.array_equal(numpy[1], numpy_now[1])
@@ -239,12 +240,17 @@ def argument_names(module: nn.Module) -> list[str]:
 
 
 def trace(
-    module: nn.Module, argument_type: type, training: bool, usual: bool
+    module: nn.Module,
+    argument_type: type,
+    training: bool,
+    usual: bool,
+    is_leaf: Callable[[nn.Module], bool] = lambda child: True,
 ) -> tuple[fx.Graph, bool]:
     """The graph of a forward for arguments of a type, and whether it asked for that type.
 
     ``usual``: the children's training flags are the module's own, and gradients are recorded
-    without autocast; else the reverse of each. A forward may be rewritten when both agree.
+    without autocast; else the reverse of each. A forward may be rewritten when both agree. Modules
+    that are no leaves become part of the graph.
 
     Nothing of the module or of the random states is changed afterwards.
 
@@ -259,7 +265,7 @@ def trace(
             _without_side_effects(module),
             _no_autograd_functions(),
         ):
-            tracer = _Tracer(argument_type)
+            tracer = _Tracer(argument_type, is_leaf)
             graph = tracer.trace(module)
             own_tensors = [
                 n.target

@@ -16,21 +16,15 @@ from torch import nn
 
 from fastinterp._checks import check_images
 from fastinterp._state import attack_parameters, eval_mode, substituted
-from fastinterp.fusion import stock_type
+from fastinterp.folding import AttackForm, enabled
+from fastinterp.fusion.tracing import NotTraceable
 from fastinterp.maps._call import borrowed
 from fastinterp.maps._layers import UnsupportedModelError, is_global_pool
 from fastinterp.maps._target import at_least_float, parse
-from fastinterp.models._layers import SameConv2d
 
 
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear)
-
-
-def _with_layout_of(like: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """``tensor``, 4-D, in the memory format of ``like``; einsum chooses strides of its own."""
-    last = like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
-    return tensor.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
 def _version(tensor: torch.Tensor) -> int:
@@ -77,7 +71,7 @@ class CamNetwork:
                 f"CAM needs a linear head with a weight of its own; that of {self.head_name!r} in "
                 f"{type(model).__name__} is computed from other parameters"
             )
-        self.tail_name = None if x is None else self._find_tail(x[:1])
+        self.form = None if x is None else self._find_form(x[:1])
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Feature maps (N, C, h, w) and logits (N, K) of one forward pass."""
@@ -88,25 +82,22 @@ class CamNetwork:
     def attacked(self) -> Iterator:
         """Inside, a function z -> (features, head, logits) for the inner maximisation.
 
-        Parameters are detached and the model is in evaluation mode. When a plain convolution makes
-        the last feature maps, the head is folded into it, so that the features are the class maps
-        themselves and head is None: W (conv(a) + b) = (W conv)(a) + W b, with K instead of C output
-        channels. The model is as before afterwards.
+        Parameters are detached and the model is in evaluation mode. Where the head can be folded
+        into what is pooled (see fastinterp.folding) the features are the class maps themselves and
+        head is None. The model is as before afterwards.
         """
+        if self.form is not None and self.form.fits():
+            head = None if self.form.tails else self.head.weight.detach()
+            with self.form.made() as run:
+
+                def attacked(z):
+                    features, logits = run(z)
+                    return features, head, logits
+
+                yield attacked
+            return
         tensors = attack_parameters(self.model)
         head = tensors[f"{self.head_name}.weight"]
-        if self.tail_name is not None:
-            classes = len(head)
-            weight = tensors[f"{self.tail_name}.weight"]
-            tensors[f"{self.tail_name}.weight"] = _with_layout_of(
-                weight, torch.einsum("kc,cihw->kihw", head, weight)
-            )
-            if (bias := tensors.get(f"{self.tail_name}.bias")) is not None:
-                tensors[f"{self.tail_name}.bias"] = head @ bias
-            tensors[f"{self.head_name}.weight"] = torch.eye(
-                classes, dtype=head.dtype, device=head.device
-            )
-            head = None
         with substituted(self.model, tensors), eval_mode(self.model), self._recorded() as run:
 
             def attacked(z):
@@ -118,10 +109,27 @@ class CamNetwork:
     def attacked_features(self, features: torch.Tensor) -> torch.Tensor:
         """The features that ``attacked`` would give where this network gives ``features``."""
         features = features.detach()
-        if self.tail_name is None:
+        if self.form is None or not self.form.tails or not self.form.fits():
             return features
         maps = torch.einsum("kc,nchw->nkhw", self.head.weight.detach(), features)
-        return _with_layout_of(features, maps)
+        # einsum chooses strides of its own
+        last = features.is_contiguous(memory_format=torch.channels_last)
+        return maps.contiguous(
+            memory_format=torch.channels_last
+            if last and not features.is_contiguous()
+            else torch.contiguous_format
+        )
+
+    @torch.no_grad()
+    def _find_form(self, x: torch.Tensor) -> AttackForm | None:
+        with eval_mode(self.model), self._recorded() as run:
+            run(x)
+        if not enabled():
+            return None
+        try:
+            return AttackForm(self.model, x, (self._pool, self.head))
+        except NotTraceable:
+            return None
 
     @contextmanager
     def _recorded(self) -> Iterator:
@@ -159,44 +167,6 @@ class CamNetwork:
         finally:
             for hook in hooks:
                 hook.remove()
-
-    @torch.no_grad()
-    def _find_tail(self, x: torch.Tensor) -> str | None:
-        """Name of the plain convolution whose output is pooled as it is, if there is one."""
-        outputs = {}
-
-        def record(module, _, output):
-            outputs.setdefault(module, []).append((output, _version(output)))
-
-        plain = {
-            module: name
-            for name, module in self.model.named_modules()
-            if stock_type(module) in (nn.Conv2d, SameConv2d)
-            and module.groups == 1
-            and not module._forward_hooks
-            and not module._forward_pre_hooks
-        }
-        hooks = [module.register_forward_hook(record) for module in plain]
-        try:
-            with eval_mode(self.model), self._recorded() as run:
-                features, _ = run(x)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        weights = [id(p) for _, p in self.model.named_parameters(remove_duplicate=False)]
-        for module, calls in outputs.items():
-            # Called once and with a weight of its own, or folding would change another use of it;
-            # the same version, or an in-place activation stands between it and the pooling.
-            (output, version), used_once = calls[-1], len(calls) == 1
-            if (
-                output is features
-                and used_once
-                and version == _version(features)
-                and not features.is_inference()
-                and weights.count(id(module.weight)) == 1
-            ):
-                return plain[module]
-        return None
 
 
 def find_cam_network(model: nn.Module, x: torch.Tensor) -> CamNetwork | None:

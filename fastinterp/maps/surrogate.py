@@ -81,11 +81,16 @@ def softplus_surrogate(model: nn.Module, beta: float = 10.0) -> Iterator[None]:
     # Of nested contexts the inner one counts.
     original = getattr(model.forward, "without_surrogate", model.forward)
 
-    def forward(*args, **kwargs):
-        with _Softplus(float(beta)):
-            return original(*args, **kwargs)
+    def surrogate(function):
+        def forward(*args, **kwargs):
+            with _Softplus(float(beta)):
+                return function(*args, **kwargs)
 
-    forward.without_surrogate = original
+        return forward
+
+    forward = surrogate(original)
+    # For who runs the same function in another form, as fastinterp.folding does.
+    forward.without_surrogate, forward.surrogate = original, surrogate
     own = attributes.get("forward")
     attributes["forward"] = forward
     try:

@@ -18,6 +18,7 @@ import torch
 
 from fastinterp import maps
 from fastinterp._state import attack_parameters, eval_mode, substituted, uncounted
+from fastinterp.attacks import attacked
 from fastinterp.discrepancy import class_maps, class_weights, discrepancy, map_distance
 from fastinterp.maps import CamNetwork
 from fastinterp.maps._target import parse
@@ -25,10 +26,8 @@ from fastinterp.maps.grad_cam import explain_layer, mean_gradient, plus_plus
 from fastinterp.maps.gradient import differentiate
 from fastinterp.maps.integrated import along_path
 
-MAPS = (
-    *("cam", "grad_cam", "grad_cam_plus_plus"),
-    *("input_gradient", "gradient_x_input", "integrated_gradients"),
-)
+_OF_LOGITS = ("input_gradient", "gradient_x_input", "integrated_gradients")
+MAPS = ("cam", "grad_cam", "grad_cam_plus_plus", *_OF_LOGITS)
 
 
 def named_map(name: str, options: dict):
@@ -85,41 +84,43 @@ class ExplainedByCam:
     @contextmanager
     def attacked(self, clean: Explained | None) -> Iterator:
         network = self.network
-        with surrogate(network.model, self._beta):
-            if clean is None or self._beta is not None:
-                with torch.no_grad(), eval_mode(network.model):
-                    clean = self.clean(self._x)
+        with surrogate(network.model, self._beta), network.attacked() as run:
             with torch.no_grad():
-                clean_features = network.attacked_features(clean.compared)
-            with network.attacked() as run:
+                if clean is None or self._beta is not None:
+                    clean_features = run(self._x)[0]
+                else:
+                    clean_features = network.attacked_features(clean.compared)
 
-                def at(z):
-                    features, head, logits = run(z)
-                    return partial(self._compare, clean_features, features, head, logits), logits
+            def at(z):
+                features, head, logits = run(z)
+                return partial(self._compare, clean_features, features, head, logits), logits
 
-                yield at
+            yield at
 
 
 class ExplainedByMaps:
-    """By any map that is a function (model, x, target) -> (maps, logits)."""
+    """By any map: a name but "cam", or a function (model, x, target) -> (maps, logits)."""
 
-    def __init__(self, how, softplus_beta, explain, model, x, y, network: None):
+    def __init__(self, how, softplus_beta, map, options, model, x, y, network: None):
         self._classes, self._norm = how["classes"], {k: how[k] for k in ("norm", "normalize")}
-        self._explain, self._model, self._beta = explain, model, softplus_beta
+        self._explain = partial(map, **options) if callable(map) else named_map(map, options)
+        self._model, self._beta = model, softplus_beta
+        self._of_logits = map in _OF_LOGITS
         self._x, self._y, self.network = x, y, None
 
-    def clean(self, x) -> Explained:
+    def clean(self, x, model=None) -> Explained:
         # The predicted class of x', which "two" explains, is not known before x'.
         target = self._y[:, None] if self._classes == "one" else None
-        return Explained(*self._explain(self._model, x, target))
+        return Explained(*self._explain(model or self._model, x, target))
 
-    def moved(self, x) -> Explained:
+    def moved(self, x, model=None) -> Explained:
+        model = model or self._model
         if self._classes != "two":
-            return self.clean(x)
-        with torch.no_grad(), uncounted(self._model):
-            predicted = self._model(x).argmax(1)
+            return self.clean(x, model)
+        with torch.no_grad(), uncounted(model):
+            predicted = model(x).argmax(1)
         target = torch.stack([self._y, predicted], 1)
-        return Explained(*self._explain(self._model, x, target), target)
+        return Explained(*self._explain(model, x, target), target)
 
     def maps(self, explained: Explained) -> torch.Tensor:
         return explained.compared
@@ -137,15 +138,23 @@ class ExplainedByMaps:
 
     @contextmanager
     def attacked(self, clean: Explained | None) -> Iterator:
-        model = self._model
-        tensors = attack_parameters(model)
-        with substituted(model, tensors), eval_mode(model), surrogate(model, self._beta):
+        with surrogate(self._model, self._beta), self._attacked_model() as model:
             if clean is None or self._beta is not None:
-                clean = self.clean(self._x)
+                clean = self.clean(self._x, model)
             clean = Explained(*(t.detach() for t in clean[:2]))
 
             def at(z):
-                moved = self.moved(z)
+                moved = self.moved(z, model)
                 return partial(self.distance, clean, moved), moved.logits
 
             yield at
+
+    @contextmanager
+    def _attacked_model(self) -> Iterator:
+        if self._of_logits:
+            with attacked(self._model) as model:
+                yield model
+        else:  # which may look for layers by name
+            model = self._model
+            with substituted(model, attack_parameters(model)), eval_mode(model):
+                yield model

@@ -21,7 +21,6 @@ from fastinterp.regularizers._explained import (
     MAPS,
     ExplainedByCam,
     ExplainedByMaps,
-    named_map,
     surrogate,
 )
 from fastinterp.regularizers._gradient import one_of
@@ -128,9 +127,9 @@ class InterpretationRegularizer(nn.Module):
                 raise ValueError(f"map_options must be None for cam, got {map_options}")
             self._explained = partial(ExplainedByCam, distance, softplus_beta)
         else:
-            options = map_options or {}
-            explain = partial(map, **options) if callable(map) else named_map(map, options)
-            self._explained = partial(ExplainedByMaps, distance, softplus_beta, explain)
+            self._explained = partial(
+                ExplainedByMaps, distance, softplus_beta, map, map_options or {}
+            )
 
     def forward(
         self,
