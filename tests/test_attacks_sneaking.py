@@ -193,7 +193,8 @@ def test_bad_targets_and_networks():
     assert least_eps(plain, x, y).eps.shape == (8,)
 
 
-def test_piece_of_a_report_holds_a_number_for_every_image_that_counts():
+@pytest.mark.parametrize("classes", CLASSES)
+def test_piece_of_a_report_holds_a_number_for_every_image_that_counts(classes):
     net = network(hidden=6).float()
     images = (0.4 + 0.2 * torch.rand(9, 4, 4, 2)).mul(255).byte()
     x = images.permute(0, 3, 1, 2) / 255
@@ -202,15 +203,17 @@ def test_piece_of_a_report_holds_a_number_for_every_image_that_counts():
     index = torch.arange(9)
     how = dict(ratios=(1.0, 2.0), norm="l1", rounds=10, steps=10, seed=99)
     split = Split(images.permute(0, 3, 1, 2), y)
-    found = measure_maps.isa(net, split, index, classes="two", batch_size=4, **how)
+    found = measure_maps.isa(net, split, index, classes=classes, batch_size=4, **how)
     assert [i for i, eps in enumerate(found["eps"]) if eps is None] == [4]
     target = released_draws(9, 9, (2, 4, 4), 3).target(y, 3)
     search = least_eps(net, x, y, target=target)
     known = search.x_adv
     for ratio in (1.0, 2.0):
-        attack = attack_sneaking(net, x, y, target, eps=ratio * search.eps, known=known)
+        eps = ratio * search.eps
+        attack = attack_sneaking(net, x, y, target, eps=eps, classes=classes, known=known)
         known = attack.x_adv
-        pair = torch.stack([y, target], 1)
+        every = torch.arange(3).expand(9, 3)
+        pair = {"one": y[:, None], "two": torch.stack([y, target], 1), "all": every}[classes]
         rows = torch.arange(9)[:, None]
         with torch.no_grad():
             maps, moved = (maps_of(net, z)[rows, pair] for z in (x, known))

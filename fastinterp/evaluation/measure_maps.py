@@ -104,7 +104,7 @@ def isa(
         search = least_eps(model, x, y, target=target, **settings)
         known, counted = search.x_adv, search.correct & search.eps.isfinite()
         found["eps"].append(torch.where(counted, search.eps, torch.nan))
-        weights = class_weights(classes, F.one_hot(target, count), y)
+        weights = class_weights(classes, F.one_hot(target, count).to(x.dtype), y)
         maps = _maps(model, x)
         for ratio in ratios:
             attack = attack_sneaking(
