@@ -12,8 +12,8 @@ from torch import nn
 
 from fastinterp.cli import main
 from fastinterp.data import Split
+from fastinterp.evaluation import figures, measure_maps
 from fastinterp.evaluation import findings as rules
-from fastinterp.evaluation import measure_maps
 from fastinterp.evaluation.page import Notice, Section, Table, Text, to_html, to_markdown
 from fastinterp.evaluation.pieces import UNBOUNDED
 from fastinterp.evaluation.protocol import protocol
@@ -162,6 +162,11 @@ def test_what_sneaking_hides_is_counted_over_the_images_flipped_at_every_eps():
     rows = [row for row in tested.rows() if row.metric == "normalised_discrepancy"]
     assert [(row.eps, row.examples) for row in rows[:3]] == [(1.0, 2), (1.5, 2), (2.0, 2)]
     assert len(rows) == 6
+    larger = {"eps": [0.1], "discrepancy": {ratio: [4.0] for ratio in one}}
+    for classes in ("one", "two"):
+        tested.found["other", f"isa-{classes}", None] = larger
+    for axis in figures.sneaking_curves(tested).axes:
+        assert axis.get_ylim()[0] == 0 and axis.get_ylim()[1] > 4
 
 
 def test_least_eps_is_where_the_prediction_turns():

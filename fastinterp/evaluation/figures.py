@@ -53,8 +53,8 @@ def sneaking_curves(summary: Summary):
             found = summary.sneaking(network, classes)
             axis.plot(found.ratios, found.means, marker="o", ms=3, label=f"{classes}-class")
         axis.set(title=network, xlabel="eps / least eps")
-        axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
+    panels[0].set_ylim(bottom=0)  # of all, when all curves are there to set the top
     panels[0].set_ylabel("normalised discrepancy")
     panels[0].legend(fontsize=8)
     return figure
