@@ -80,8 +80,9 @@ def test_seed_decides_the_random_start(saved_net, tmp_path):
         ("--eps -1", "eps must be a finite number >= 0, got -1.0"),
         ("--norm L1", "--norm must be one of Linf, L2, got 'L1'"),
         ("--loss mse", "--loss must be one of ce, margin, dlr, got 'mse'"),
-        ("--attack fgsm", "--attack must be one of pgd, jpeg_linf, jpeg_l2, jpeg_l1, elastic, fog"),
-        ("--attack snow --restarts 2 --eps 1", "--restarts is for --attack pgd, not for snow"),
+        ("--attack fgsm", "--attack must be one of pgd, autoattack, isa, jpeg_linf, jpeg_l2"),
+        ("--attack snow --restarts 2 --eps 1", "--restarts is not for --attack snow"),
+        ("--attack isa", "--steps is not for --attack isa"),
         ("--restarts 0", "--restarts must be at least 1, got 0"),
         ("--final-step-size 0", "--final-step-size must be > 0, got 0"),
         ("--examples 400", "examples must be between 0 (all) and 360, got 400"),
@@ -94,6 +95,21 @@ def test_bad_input(saved_net, tmp_path, capsys, options, message):
     error = capsys.readouterr().err
     assert error.startswith("fastinterp: error: ") and message in error
     assert not list((tmp_path).glob("out/*")) and (tmp_path / "a-file").read_text() == "precious"
+
+
+@pytest.mark.parametrize("attack", ["isa", "autoattack"])
+def test_attacks_that_choose_their_own_steps(saved_net, tmp_path, attack):
+    if attack == "autoattack":
+        pytest.importorskip("pyautoattack")
+    options = "--dataset digits --examples 4 --device cpu --out out --eps 0.05".split()
+    assert main(["attack", "net.safetensors", *options, "--attack", attack]) == 0
+    written = load_file(tmp_path / "out" / "adversarial.safetensors")
+    x, _ = load_dataset("digits").test.batch(written["index"])
+    assert (written["images"] - x).abs().max() <= 0.05 + 1e-6
+    with torch.no_grad():
+        before, after = (saved_net(z).argmax(1) for z in (x, written["images"]))
+    moved = (written["images"] != x).flatten(1).any(1)
+    assert ((before != after) == moved).all()
 
 
 def test_sizes_of_unforeseen_attacks_are_not_guessed(saved_net, capsys):

@@ -147,7 +147,7 @@ def unforeseen(
         if isinstance(target, str):
             if target != "random":
                 raise ValueError(f'target must be a tensor, "random" or None, got {target!r}')
-            target = _other_classes(y, classes, generator)
+            target = other_classes(y, classes, generator)
         goal = y if target is None else target
         check_labels(goal, len(x), classes, "target")
         raised = loss_function(loss, classes, targeted=target is not None)
@@ -196,9 +196,7 @@ def uar(accuracies: Sequence[float], trained: Sequence[float]) -> float:
     return sum(accuracies) / sum(trained)
 
 
-def _other_classes(
-    y: torch.Tensor, classes: int, generator: torch.Generator | None
-) -> torch.Tensor:
+def other_classes(y: torch.Tensor, classes: int, generator: torch.Generator | None) -> torch.Tensor:
     """A class for each of y (N,), uniform among the others."""
     if classes < 2:
         raise ValueError("a random target needs a model of at least 2 classes")

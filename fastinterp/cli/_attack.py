@@ -8,15 +8,19 @@ import torch
 from jsonargparse import ArgumentParser
 
 from fastinterp._checks import check_attack
-from fastinterp.attacks import CALIBRATED, pgd, unforeseen
+from fastinterp.attacks import CALIBRATED, attack_sneaking, autoattack, pgd, unforeseen
+from fastinterp.attacks.autoattack import autoattack_version
 from fastinterp.attacks.losses import LOSSES
+from fastinterp.attacks.unforeseen import other_classes
 
-ATTACKS = ("pgd", *CALIBRATED)
+ATTACKS = ("pgd", "autoattack", "isa", *CALIBRATED)
 _NORMS = ("Linf", "L2")
 _PGD = dict(eps=0.3, step_size=0.01)
-# What an unforeseen attack takes of the options, and what it has no use for.
+_DEFAULTS = dict(steps=200, step_size=None, final_step_size=None, norm="Linf", loss="ce")
+_DEFAULTS |= dict(random_start=False, restarts=1, early_stop=False)
+# The options of attacks that do not take all.
 _UNFORESEEN = ("steps", "step_size", "loss", "early_stop")
-_PGD_ALONE = dict(norm="Linf", final_step_size=None, random_start=False, restarts=1)
+_TAKEN = {"autoattack": ("norm",), "isa": ()}
 
 
 def add_attack(parser: ArgumentParser, examples: int) -> None:
@@ -26,7 +30,7 @@ def add_attack(parser: ArgumentParser, examples: int) -> None:
         "--eps",
         type=float | None,
         default=None,
-        help=f"radius, images in [0,1] (default: {_PGD['eps']}); of the attacks but pgd the size, "
+        help=f"radius, images in [0,1] (default: {_PGD['eps']}); of an unforeseen attack its size, "
         "in units of its own",
     )
     add_pgd(parser)
@@ -35,13 +39,13 @@ def add_attack(parser: ArgumentParser, examples: int) -> None:
 
 def add_pgd(parser: ArgumentParser) -> None:
     """The options of PGD but its radius."""
-    parser.add_argument("--steps", type=int, default=200, help="attack steps")
+    parser.add_argument("--steps", type=int, default=_DEFAULTS["steps"], help="attack steps")
     parser.add_argument(
         "--step-size",
         type=float | None,
         default=None,
-        help=f"size of one step (default: {_PGD['step_size']}; of the attacks but pgd, that of "
-        "their authors)",
+        help=f"size of one step (default: {_PGD['step_size']}; of an unforeseen attack "
+        "that of its authors)",
     )
     parser.add_argument(
         "--final-step-size",
@@ -49,12 +53,17 @@ def add_pgd(parser: ArgumentParser) -> None:
         default=None,
         help="the step size falls linearly to this (default: it stays)",
     )
-    parser.add_argument("--norm", default="Linf", help=", ".join(_NORMS))
-    parser.add_argument("--loss", default="ce", help=", ".join(LOSSES))
+    parser.add_argument("--norm", default=_DEFAULTS["norm"], help=", ".join(_NORMS))
+    parser.add_argument("--loss", default=_DEFAULTS["loss"], help=", ".join(LOSSES))
     parser.add_argument(
         "--random-start", action="store_true", help="start at a random point of the ball, not at x"
     )
-    parser.add_argument("--restarts", type=int, default=1, help="attacks per image, the worst kept")
+    parser.add_argument(
+        "--restarts",
+        type=int,
+        default=_DEFAULTS["restarts"],
+        help="attacks per image, the worst kept",
+    )
     parser.add_argument(
         "--early-stop", action="store_true", help="an image that is beaten takes no more steps"
     )
@@ -90,34 +99,43 @@ def pgd_settings(arguments, radii: list[float]) -> dict:
             raise ValueError(f"--{option} must be at least 1, got {arguments[name]}")
     if arguments.final_step_size is not None and not arguments.final_step_size > 0:
         raise ValueError(f"--final-step-size must be > 0, got {arguments.final_step_size}")
-    names = (*_UNFORESEEN, *_PGD_ALONE)
-    return {name: arguments[name] for name in names} | {"step_size": step_size}
+    return {name: arguments[name] for name in _DEFAULTS} | {"step_size": step_size}
 
 
 def chosen_attack(arguments) -> tuple[Callable[..., torch.Tensor], dict]:
-    """attacks.pgd or attacks.unforeseen, and the options as its keyword arguments.
+    """The function (model, x, y, network, generator, ...) -> x' and its keyword arguments.
 
     Raises:
+        ImportError: a package that the attack needs is not installed.
         ValueError: an option is out of its range, or not for this attack.
     """
     name, eps = arguments.attack, arguments.eps
     if name not in ATTACKS:
         raise ValueError(f"--attack must be one of {', '.join(ATTACKS)}, got {name!r}")
-    if name == "pgd":
-        eps = _PGD["eps"] if eps is None else eps
-        return pgd, {"eps": eps, **pgd_settings(arguments, [eps])}
-    if eps is None:
+    if eps is None and name in CALIBRATED:
         known = "; ".join(
             f"{' '.join(f'{e:g}' for e in sizes.eps)} ({dataset})"
             for dataset, sizes in CALIBRATED[name].items()
         )
         raise ValueError(f"--attack {name} needs --eps; published sizes are {known}")
+    eps = _PGD["eps"] if eps is None else eps
     settings = pgd_settings(arguments, [eps])
-    for option, default in _PGD_ALONE.items():
-        if settings[option] != default:
-            raise ValueError(f"--{option.replace('_', '-')} is for --attack pgd, not for {name}")
-    return unforeseen, {
-        "kind": name,
-        "eps": eps,
-        **{option: arguments[option] for option in _UNFORESEEN},
-    }
+    if name == "pgd":
+        return pgd, {"eps": eps, **settings}
+    taken = _TAKEN.get(name, _UNFORESEEN)
+    for option, default in _DEFAULTS.items():
+        if option not in taken and arguments[option] != default:
+            raise ValueError(f"--{option.replace('_', '-')} is not for --attack {name}")
+    given = {"eps": eps} | {option: arguments[option] for option in taken}
+    if name == "autoattack":
+        autoattack_version()
+        return autoattack, given
+    if name == "isa":
+        return _sneak, given
+    return unforeseen, {"kind": name, **given}
+
+
+def _sneak(model, x, y, *, eps, network, generator):
+    with torch.no_grad():
+        target = other_classes(y, model(x[:1]).shape[1], generator)
+    return attack_sneaking(model, x, y, target, eps=eps, network=network).x_adv
