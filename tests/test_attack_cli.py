@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
+from fastinterp import attacks
 from fastinterp.attacks.distortions.jpeg import LUMINANCE, dct_matrix
 from fastinterp.cli import main
 from fastinterp.data import load_dataset
@@ -97,6 +99,63 @@ def test_bad_input(saved_net, tmp_path, capsys, options, message):
     assert not list((tmp_path).glob("out/*")) and (tmp_path / "a-file").read_text() == "precious"
 
 
+def test_a_stopped_attack_goes_on_where_it_was(saved_net, tmp_path, monkeypatch, capsys):
+    command = ["attack", "net.safetensors", *OPTIONS, "--random-start", "--batch-size", "2"]
+    assert main(command) == 0
+    file = tmp_path / "out" / "adversarial.safetensors"
+    whole = load_file(file)
+    shutil.rmtree(tmp_path / "out")
+    real, calls = attacks.pgd, []
+
+    def stops(*how, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*how, **options)
+
+    monkeypatch.setattr("fastinterp.cli._attack.pgd", stops)
+    assert main(command) == 130 and not file.exists()
+    parts = sorted((tmp_path / "out" / "unfinished").iterdir())
+    assert [part.name for part in parts] == ["000000.safetensors", "000001.safetensors"]
+
+    # of the four batches the first is used, the second, now half written, is made again
+    parts[1].write_bytes(parts[1].read_bytes()[:-9])
+    capsys.readouterr()
+    assert main(command) == 0 and len(calls) == 3 + 3
+    said = capsys.readouterr().out
+    assert "out/unfinished/000001.safetensors is damaged" in said and "000000" not in said
+    again = load_file(file)
+    assert again.keys() == whole.keys()
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
+    assert not (tmp_path / "out" / "unfinished").exists()
+
+
+def test_batches_of_other_settings_are_not_taken(saved_net, tmp_path, monkeypatch, capsys):
+    real = attacks.pgd
+    command = ["attack", "net.safetensors", *OPTIONS, "--batch-size", "4"]
+    monkeypatch.setattr("fastinterp.evaluation.results.KeptBatches.clear", lambda self: None)
+    assert main(command) == 0
+    part = tmp_path / "out" / "unfinished" / "000000.safetensors"
+    flipped = bytearray(part.read_bytes())
+    flipped[-1] ^= 1
+    calls = []
+    monkeypatch.setattr(
+        "fastinterp.cli._attack.pgd",
+        lambda *how, **options: calls.append(1) or real(*how, **options),
+    )
+    assert main(command) == 0 and not calls
+    for change, message in (
+        (["--eps", "0.2"], "is of other settings, images or weights"),
+        ([], "is of other settings"),
+    ):
+        capsys.readouterr()
+        assert main([*command, *change]) == 0
+        assert capsys.readouterr().out.count(message) == 2
+    part.write_bytes(flipped)
+    assert main(command) == 0
+    assert "its checksum is another" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("attack", ["isa", "autoattack"])
 def test_attacks_that_choose_their_own_steps(saved_net, tmp_path, attack):
     if attack == "autoattack":
@@ -151,7 +210,9 @@ def test_interrupted_runs_leave_no_half_written_file(
     monkeypatch.setattr(os, "replace", interrupted)
     assert main([command, "net.safetensors", *OPTIONS, "--eps", "0.3"]) == 130
     assert "interrupted" in capsys.readouterr().err
-    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert {
+        path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()
+    } == before
 
 
 def test_eval_takes_the_same_options(saved_net, capsys):

@@ -17,9 +17,11 @@ from fastinterp._state import eval_mode
 from fastinterp.cli._attack import add_attack, chosen_attack
 from fastinterp.cli._networks import add_one_network, load_one_network, writable_folder
 from fastinterp.evaluation import attacked_batches, choose_examples
+from fastinterp.evaluation.results import KeptBatches
 
 HELP = "adversarial images as safetensors, and a CSV of what became of each"
 IMAGES_FILE, TABLE_FILE = "adversarial.safetensors", "examples.csv"
+PARTS = "unfinished"  # the batches of a run that was stopped, from which the next goes on
 COLUMNS = (
     *("index", "label", "clean_prediction", "adversarial_prediction", "clean_loss"),
     *("adversarial_loss", "linf", "l2"),
@@ -30,7 +32,10 @@ def parser(argv: list[str]) -> ArgumentParser:
     attack = ArgumentParser(description=__doc__)
     add_one_network(attack)
     attack.add_argument(
-        "--out", type=str, default="adversarial", help=f"folder of {IMAGES_FILE} and {TABLE_FILE}"
+        "--out",
+        type=str,
+        default="adversarial",
+        help=f"folder of {IMAGES_FILE} and {TABLE_FILE}; a run that was stopped goes on there",
     )
     add_attack(attack, examples=0)
     return attack
@@ -42,13 +47,19 @@ def run(arguments) -> int:
     index = choose_examples(len(data.test), arguments.examples, arguments.seed)
     folder = writable_folder("--out", arguments.out)
 
+    kept = KeptBatches(
+        partial(function, **settings),
+        folder / PARTS,
+        {"attack": arguments.attack, **settings},
+        say=lambda text: tqdm.write(text),
+    )
     images, rows = [], []
     with tqdm(total=len(index), desc="attack", unit="img", disable=None) as bar:
         for x, y, x_adv in attacked_batches(
             network.model,
             data.test,
             index,
-            partial(function, **settings),
+            kept,
             batch_size=arguments.batch_size,
             seed=arguments.seed,
             progress=bar.update,
@@ -63,6 +74,7 @@ def run(arguments) -> int:
     )
     text = _csv(index.tolist(), rows)
     write_atomically(folder / TABLE_FILE, lambda temporary: temporary.write_text(text))
+    kept.clear()
     clean, adversarial = (sum(row[0] == row[i] for row in rows) for i in (1, 2))
     print(
         f"{len(index)} test images of {data.name}: {clean} classified right, {adversarial} after "

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from fastinterp._files import write_atomically
@@ -89,3 +92,66 @@ class Results:
 
 def _checksum(settings: dict, result: dict) -> str:
     return hashlib.sha256(json.dumps([settings, result], sort_keys=True).encode()).hexdigest()
+
+
+class KeptBatches:
+    """An attack whose finished batches are on disk, so that one which was stopped goes on there.
+
+    A file holds the images of a batch, their checksum, what they were computed from and where the
+    random numbers stood afterwards. One that is damaged, or of other settings, images or weights,
+    is reported and computed again.
+
+    Args:
+        attack: see accuracy.attacked_batches, which is to be given this object in its place.
+        folder: created with the first batch, removed by ``clear``.
+        settings: of the attack, as JSON values.
+        say: receives what is to be told about files that were not used.
+    """
+
+    def __init__(
+        self,
+        attack: Callable[..., torch.Tensor],
+        folder: Path,
+        settings: dict,
+        say: Callable[[str], None] = print,
+    ):
+        self.attack, self.folder, self.settings, self.say = attack, folder, settings, say
+        self._number, self._weights = 0, None
+
+    def __call__(self, model, x, y, *, network, generator) -> torch.Tensor:
+        path = self.folder / f"{self._number:06d}.safetensors"
+        self._number += 1
+        self._weights = self._weights or model_fingerprint(model)
+        batch = fingerprint(x, y, generator.get_state())
+        source = _checksum(self.settings, {"weights": self._weights, "batch": batch})
+        known = self._read(path, source)
+        if known is not None:
+            generator.set_state(known["generator"])
+            return known["images"].to(x)
+        x_adv = self.attack(model, x, y, network=network, generator=generator)
+        tensors = {"images": x_adv.cpu().contiguous(), "generator": generator.get_state()}
+        said = {"source": source, "checksum": fingerprint(*tensors.values())}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=said))
+        return x_adv
+
+    def clear(self) -> None:
+        """Removes the files of all batches."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _read(self, path: Path, source: str) -> dict[str, torch.Tensor] | None:
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, "pt") as file:
+                said = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in ("images", "generator")}
+            if said["checksum"] != fingerprint(*tensors.values()):
+                raise ValueError("its checksum is another")
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            self.say(f"{path} is damaged ({error}): computed again")
+            return None
+        if said["source"] != source:
+            self.say(f"{path} is of other settings, images or weights: computed again")
+            return None
+        return tensors
