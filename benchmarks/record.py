@@ -30,14 +30,16 @@ def require_core() -> None:
 
 
 def device_name() -> str:
-    """The GPU's name, or the processor's as Linux reports it."""
+    """The GPU's name, or the processor's as Linux reports it with its widest vectors."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
+    name, info = platform.processor(), Path("/proc/cpuinfo")
     for line in info.read_text().splitlines() if info.exists() else ():
         if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
+            name = line.split(":", 1)[1].strip()
+    # Processors of one name differ in these.
+    amx = " AMX" if getattr(_native.core, "amx_bf16", False) else ""
+    return f"{name} {torch.backends.cpu.get_cpu_capability()}{amx}"
 
 
 def commit() -> str:
