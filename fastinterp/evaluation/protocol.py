@@ -1,6 +1,7 @@
 """Which attacks a report runs, and with what settings.
 
-paper   what the paper did, on 200 images, with one random start beside every PGD number
+paper   what the paper did, on 200 images, with one random start beside every PGD number; unforeseen
+        attacks on CIFAR-10
 strong  what a sceptic does: random restarts, three losses, a falling step size, AutoAttack,
         unforeseen attacks, every test image
 
@@ -136,6 +137,7 @@ def protocol(name: str, dataset: str) -> Protocol:
         aai_eps=aai,
         isa_classes=ISA_CLASSES,
         bound_examples=100,
+        unforeseen=tuple(_CIFAR10.items()) if dataset == "cifar10" else (),
     )
     if name == "strong":
         return replace(
