@@ -9,6 +9,7 @@ import torch
 from tabulate import tabulate
 
 from benchmarks import record
+from benchmarks.bandwidth import backend
 
 SECONDS = 0.5  # of measuring per case, both sides together
 ROWS = pytest.StashKey[list]()
@@ -31,12 +32,29 @@ def _seconds(function) -> float:
     return time.perf_counter() - start
 
 
+def _ours(function):
+    """Ours; where the choice on a GPU is CUDA C++, also its twin in Triton."""
+    sides = {"fastinterp": function}
+
+    def on(name):
+        with backend(name):
+            return function()
+
+    if torch.cuda.is_available():
+        try:
+            on("cuda")
+        except RuntimeError:  # there is no such kernel
+            return sides
+        sides["fastinterp triton"] = lambda: on("triton")
+    return sides
+
+
 @pytest.fixture
 def compare(request, benchmark):
     """compare(case, ours, eager, check): a row for each side and pytest-benchmark's own of ours."""
 
     def run(case, ours, eager, check):
-        sides = {"eager": eager, "fastinterp": ours}
+        sides = {"eager": eager, **_ours(ours)}
         for _ in range(3):
             once = sum(_seconds(side) for side in sides.values())
         times = {name: [] for name in sides}
@@ -62,10 +80,11 @@ def compare(request, benchmark):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    rows = [row for row in config.stash[ROWS] if row["side"] == "fastinterp"]
+    rows = [row for row in config.stash[ROWS] if row["side"].startswith("fastinterp")]
     if not rows:
         return
-    shown = [[row["benchmark"], row["case"], row["ms_p50"], row["ratio"]] for row in rows]
-    terminalreporter.write_line(tabulate(shown, ["op", "case", "ms", "eager / ours"]))
+    columns = ("benchmark", "case", "side", "ms_p50", "ratio")
+    shown = [[row[name] for name in columns] for row in rows]
+    terminalreporter.write_line(tabulate(shown, ["op", "case", "side", "ms", "eager / side"]))
     if config.getoption("--csv"):
         record.append(config.getoption("--csv"), config.stash[ROWS])

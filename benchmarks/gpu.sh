@@ -1,27 +1,131 @@
 #!/usr/bin/env bash
-# One command for a machine with a GPU, nvcc, cmake, ninja and no network: builds the core in place,
-# tests the ops on the device, reads the resource report and times the ops. pybind11 must be
-# importable (a wheel on PYTHONPATH will do); nothing else beyond torch, triton, numpy, tabulate and
-# pytest with pytest-benchmark and pytest-timeout. Results go to $OUT (default benchmarks/results).
-set -euo pipefail
+# Everything that needs a GPU, on a machine with nvcc and no network:
+#
+#     bash benchmarks/gpu.sh [--part ops|steps|train|sanitize]      no part: all of them in turn
+#
+#   ops       tests on the device, op benchmarks, their share of the bandwidth of a copy
+#   steps     whole training steps beside eager, its CUDA graph, torch.compile, inductor and JAX
+#   train     MNIST Small Int: eager, fastinterp, and both as a CUDA graph
+#   sanitize  compute-sanitizer: memcheck, racecheck, initcheck
+#
+# Each part builds the core in place and ends within ten minutes. Needs torch, triton, pybind11,
+# cmake, ninja, numpy, tabulate, scipy and pytest. Tables, logs and the machine go to $OUT (default
+# benchmarks/results). REHEARSE=1 runs the same on a CPU, tiny and with Triton's interpreter, into
+# build/rehearsal.
+set -uo pipefail
 cd "$(dirname "$0")/.."
-out=$(realpath -m "${OUT:-benchmarks/results}")
+rehearse=${REHEARSE:-}
+part=all
+[ "${1:-}" = --part ] && part=${2:-}
+case $part in all | ops | steps | train | sanitize) ;; *)
+  echo "gpu.sh: --part must be ops, steps, train or sanitize, got '$part'" >&2; exit 2 ;;
+esac
+out=$(realpath -m "${OUT:-$([ -n "$rehearse" ] && echo build/rehearsal || echo benchmarks/results)}")
 mkdir -p "$out"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+csv=$out/gpu.csv failed=() began=$SECONDS python=$(command -v python3)
+device=cuda
+if [ -n "$rehearse" ]; then device=cpu; export TRITON_INTERPRET=1; fi
 
-echo "== build"
-cmake -S csrc -B build/gpu -G Ninja -Dpybind11_DIR="$(python3 -m pybind11 --cmakedir)" \
-  -DPython_EXECUTABLE="$(command -v python3)" -DCMAKE_INSTALL_PREFIX=fastinterp >"$out/build.log" 2>&1 &&
-  cmake --build build/gpu --target install >>"$out/build.log" 2>&1 || { tail -30 "$out/build.log"; exit 1; }
+# step NAME SECONDS COMMAND...: runs it with a log, keeps going when it fails; no longer than so many
+# seconds and than its part has left
+step() {
+  local name=$1 most=$2 left=$((585 - SECONDS + began)); shift 2
+  if [ "$left" -lt 5 ]; then echo "-- $name: no time left"; failed+=("$name"); return; fi
+  local from=$SECONDS rc=0
+  timeout -k 5 "$((left < most ? left : most))" "$@" >"$out/$name.log" 2>&1 || rc=$?
+  echo "-- $name: exit $rc, $((SECONDS - from)) s, $(grep -vE '^\s*$' "$out/$name.log" | tail -1 | cut -c1-150)"
+  [ $rc = 0 ] || failed+=("$name")
+}
 
-failed=0
-echo "== tests on the device"
-python3 -m pytest -q -m gpu tests/test_gpu.py tests/test_data.py 2>&1 | tee "$out/gpu-tests.log" | tail -15 || failed=1
-echo "== resources"
-python3 -m benchmarks.resources --arch 90 --csv "$out/resources.csv" >"$out/resources.log" 2>&1 ||
-  { tail -15 "$out/resources.log"; failed=1; }
-python3 -m benchmarks.traffic --csv "$out/traffic.csv" >"$out/traffic.log" 2>&1 ||
-  { tail -15 "$out/traffic.log"; failed=1; }
-echo "== op benchmarks"
-python3 -m pytest -q benchmarks --csv "$out/gpu.csv" 2>&1 | tee "$out/gpu-ops.log" | grep -E '^(op|attack|cam|batch|conv|max|activation|cross|FAILED|=|[0-9]+ )' || failed=1
-exit $failed
+require() {
+  local missing=()
+  for module in torch triton pybind11 numpy tabulate pytest; do
+    "$python" -c "import $module" 2>/dev/null || missing+=("python package $module")
+  done
+  for tool in cmake ninja git; do command -v $tool >/dev/null || missing+=("$tool"); done
+  [ -n "$rehearse" ] || for tool in nvcc nvidia-smi; do
+    command -v $tool >/dev/null || missing+=("$tool")
+  done
+  if [ ${#missing[@]} -gt 0 ]; then
+    printf 'gpu.sh: not here: %s\n' "${missing[@]}" >&2; exit 2
+  fi
+  [ -n "$rehearse" ] || "$python" -c "import torch; torch.zeros(1).cuda()" ||
+    { echo "gpu.sh: torch sees no GPU" >&2; exit 2; }
+}
+
+build() {
+  if [ -n "$rehearse" ] && "$python" -c "import fastinterp._core" 2>/dev/null; then
+    echo "-- build: the core that is here"; return
+  fi
+  local arch=90
+  [ -n "$rehearse" ] || arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | tr -d .)
+  step build 300 env "CMAKE_CUDA_ARCHITECTURES=$arch" bash -c "cmake -S csrc -B build/gpu -G Ninja \
+    -Dpybind11_DIR=\"\$($python -m pybind11 --cmakedir)\" -DPython_EXECUTABLE=$python \
+    -DCMAKE_INSTALL_PREFIX=fastinterp && cmake --build build/gpu --target install"
+  "$python" -c "import fastinterp._core" || { tail -30 "$out/build.log"; exit 1; }
+  { nvidia-smi || true; nvcc --version || true; } >"$out/machine.log" 2>&1
+  "$python" -m fastinterp info >>"$out/machine.log" 2>&1
+}
+
+ops() {
+  local workers=() tests="tests/test_gpu.py tests/test_gpu_graphs.py tests/test_data.py"
+  "$python" -c "import xdist" 2>/dev/null && [ -z "$rehearse" ] && workers=(-n 8)
+  step traffic 60 env -u TRITON_INTERPRET "$python" -m benchmarks.traffic --csv "$out/traffic.csv"
+  step bandwidth 150 "$python" -m benchmarks.bandwidth --traffic "$out/traffic.csv" --csv "$csv" ${rehearse:+--tiny}
+  # shellcheck disable=SC2086
+  step gpu-tests 300 "$python" -m pytest -q -m gpu "${workers[@]}" $tests
+  step op-benchmarks 300 "$python" -m pytest -q benchmarks -p no:xdist --csv "$csv" ${rehearse:+-k "(attack_step or cross_entropy) and (50 or 28) and not 1000"}
+  cat "$out/bandwidth.log"
+}
+
+# run_step NET DTYPE SIDES SECONDS: benchmarks.step of a network
+run_step() {
+  local size=() name="step-$1-$2${5:-}"
+  [ -n "$rehearse" ] && size=(--batch 2 --size "$([ "$1" = small ] && echo 12 || echo 32)" --seconds 0.1 --no-memory)
+  step "$name" "$4" "$python" -m benchmarks.step --net "$1" --dtype "$2" --sides "$3" --seconds 3 \
+    --device $device --csv "$csv" $([ "$1" = resnet18-cifar ] && echo --batch 128) "${size[@]}"
+}
+
+steps() {
+  local nets=(resnet18-cifar resnet50 wrn28-10 wrn16-4 small)
+  for net in "${nets[@]}"; do
+    run_step "$net" bf16 ours,ours-graph,eager,eager-format,eager-graph 100
+  done
+  [ -n "$rehearse" ] && nets=(small)
+  for net in "${nets[@]}"; do  # compilers, for as long as there is time
+    run_step "$net" bf16 ours-graph,eager,compile,make_fx,jax 150 -compiled
+  done
+  grep -hvE '^\s*$' "$out"/step-*.log | grep -vi warn
+}
+
+train() {
+  step train 500 "$python" -m benchmarks.train_step --device $device --csv "$csv" \
+    --steps "$([ -n "$rehearse" ] && echo 2 || echo 200)" ${DATA_DIR:+--data-dir "$DATA_DIR"}
+  cat "$out/train.log"
+}
+
+sanitize() {
+  local tests=("$python" -m pytest -q -p no:xdist -p no:cacheprovider -m gpu tests/test_gpu_sanitize.py)
+  if [ -n "$rehearse" ]; then step sanitize 180 "${tests[@]}"; return; fi
+  command -v compute-sanitizer >/dev/null ||
+    { echo "gpu.sh: compute-sanitizer is not here" >&2; failed+=(sanitize); return; }
+  # Without torch's own memory pool, in which an access out of bounds still hits something.
+  export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+  for tool in memcheck racecheck initcheck; do
+    step "sanitize-$tool" 190 compute-sanitizer --error-exitcode 9 --target-processes all \
+      --tool $tool "${tests[@]}"
+  done
+}
+
+require
+[ "$part" = all ] && parts=(ops steps train sanitize) || parts=("$part")
+for one in "${parts[@]}"; do
+  began=$SECONDS
+  echo "== $one"
+  build
+  "$one"
+done
+echo "== table"
+[ -f "$csv" ] && "$python" -m benchmarks.tables --print --csv "$csv"
+[ ${#failed[@]} = 0 ] && echo "all passed" || { echo "failed: ${failed[*]}"; exit 1; }

@@ -15,7 +15,7 @@ import torch
 from benchmarks.objectives import IG_POINTS
 from benchmarks.problem import Problem
 
-DEPTH_AND_WIDTH = {"wrn16-4": (16, 4)}
+DEPTH_AND_WIDTH = {"wrn16-4": (16, 4), "wrn28-10": (28, 10)}
 BN_EPS, BN_MOMENTUM = 1e-5, 0.1  # torch's defaults
 
 

@@ -70,6 +70,12 @@ def resnet18() -> nn.Module:
     return torchvision.models.resnet18(num_classes=10)
 
 
+def resnet50() -> nn.Module:
+    import torchvision
+
+    return torchvision.models.resnet50(num_classes=10)
+
+
 def resnet18_cifar() -> nn.Module:
     """ResNet-18 with a 3x3 stem of stride 1 and no max-pooling."""
     net = resnet18()
@@ -87,8 +93,10 @@ class Network(NamedTuple):
 
 NETWORKS = {
     "wrn16-4": Network(WideResNet, 3, 32, 32),
+    "wrn28-10": Network(lambda: WideResNet(28, 10), 3, 32, 64),
     "resnet18-cifar": Network(resnet18_cifar, 3, 32, 32),
     "resnet18": Network(resnet18, 3, 224, 32),
+    "resnet50": Network(resnet50, 3, 224, 64),
     "small": Network(lambda: create_model("small", 1, 10), 1, 28, 50),
     "pool": Network(lambda: create_model("pool", 1, 10), 1, 28, 50),
     "wresnet": Network(lambda: create_model("wresnet", 3, 10), 3, 32, 32),

@@ -15,6 +15,7 @@ import torch
 
 import fastinterp
 from benchmarks.problem import Problem
+from fastinterp.graphs import GraphedStep
 
 
 class Unavailable(RuntimeError):
@@ -63,6 +64,24 @@ def eager(problem: Problem) -> Side:
 
 def eager_in_our_format(problem: Problem) -> Side:
     return _eager(problem.network(), problem)
+
+
+def _graphed(side: Side, problem: Problem) -> Side:
+    """The side's step in a CUDA graph; on a CPU, where there are none, launched as it is."""
+    mode = "on" if problem.device == "cuda" else "auto"
+    images = problem.tensors()[0]
+    step = GraphedStep(lambda _: side.step(), mode=mode)
+    for _ in range(step.warmup):  # so that what the gate sees is the graph's
+        step(images)
+    return Side(lambda: step(images), side.gradients)
+
+
+def ours_graphed(problem: Problem) -> Side:
+    return _graphed(ours(problem), problem)
+
+
+def eager_graphed(problem: Problem) -> Side:
+    return _graphed(eager(problem), problem)
 
 
 def _compiled(net, problem: Problem) -> Side:
@@ -143,8 +162,10 @@ class Entry(NamedTuple):
 SIDES = {
     "ours": Entry("fastinterp", ours),
     "ours-recompute": Entry("fastinterp, recompute", ours_recomputing),
+    "ours-graph": Entry("fastinterp, CUDA graph", ours_graphed),
     "eager": Entry("eager", eager),
     "eager-format": Entry("eager {format}", eager_in_our_format),
+    "eager-graph": Entry("eager, CUDA graph", eager_graphed),
     "compile": Entry("torch.compile", torch_compile),
     "make_fx": Entry("make_fx + inductor", make_fx_inductor),
     "jax": Entry("JAX", jax),

@@ -207,6 +207,7 @@ def long(newest: Newest) -> str:
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--csv", type=Path, default=RESULTS / "cpu.csv")
+    parser.add_argument("--print", action="store_true", help="do not write them, show them")
     parser.add_argument("--plot", type=Path, help="also draw the whole steps here")
     arguments = parser.parse_args(argv)
     machines = read(arguments.csv)
@@ -214,6 +215,9 @@ def main(argv=None) -> int:
         parser.error(f"{arguments.csv} has no rows")
     if arguments.plot:
         plot({key: row for newest in machines for key, row in newest.items()}, arguments.plot)
+    if arguments.print:
+        print("\n".join(map(long, machines)))
+        return 0
     replace(HERE.parent / "README.md", "\n".join(map(short, machines)))
     replace(HERE / "README.md", "\n".join(map(long, machines)))
     return 0

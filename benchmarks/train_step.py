@@ -1,18 +1,21 @@
 """Wall time of Int training beside a plain eager PyTorch loop, alternating, in one process.
 
-    python -m benchmarks.train_step --data-dir DIR [--steps 1100] [--csv FILE]
+    python -m benchmarks.train_step --data-dir DIR [--steps 1100] [--device cuda] [--csv FILE]
 
 Both sides train MNIST Small from the same weights on the same batches and random starts: recipe
 mnist-small-int-1epoch (batch 50, 40 attack steps). 1,100 steps are the epoch. The eager side is
 what a careful user writes: clean maps once per batch, one forward pass for maps and logits, no
 weight gradients in the attack, torch.optim.Adam. Nothing is timed unless both sides' first step
-agrees in float64.
+agrees in float64. On a GPU both also run as a CUDA graph, and `fastinterp train` is timed with and
+without one. Without MNIST's files the images are noise of its shape: a step takes as long.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import statistics
+import tempfile
 import time
 from pathlib import Path
 
@@ -22,10 +25,13 @@ from tabulate import tabulate
 from torch.nn import functional as F
 
 from benchmarks import record
-from fastinterp.data import load_dataset
+from fastinterp.data import Dataset, Split, load_dataset
+from fastinterp.graphs import GraphedStep
 from fastinterp.models import create_model, init_paper
 from fastinterp.objectives import Int
-from fastinterp.training import recipe
+from fastinterp.training import RunOptions, Trainer, recipe
+from fastinterp.training.loop import StopRequest
+from fastinterp.training.metrics import read_metrics
 from fastinterp.training.optimizer import EpsilonHatAdam
 from fastinterp.training.rng import PaperRng
 
@@ -42,6 +48,7 @@ class Side:
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
+        return loss.detach()
 
 
 class Eager(Side):
@@ -49,7 +56,10 @@ class Eager(Side):
 
     def __init__(self, net):
         self.net = net
-        self.optimizer = torch.optim.Adam(net.parameters(), lr=CONFIG.lr[0])
+        device = net.head.weight.device
+        self.optimizer = torch.optim.Adam(
+            net.parameters(), lr=CONFIG.lr[0], capturable=device.type == "cuda"
+        )
 
     def maps(self, x):
         features = self.net.features(x)
@@ -109,58 +119,108 @@ def check(batch) -> float:
     return ((gradients[0] - gradients[1]).norm() / gradients[0].norm()).item()
 
 
+class Graphed:
+    """A side's step as a CUDA graph, its sums and its optimizer in it."""
+
+    def __init__(self, side: Side):
+        self.step = GraphedStep(side.step, mode="on")
+
+
+def mnist(data_dir: str | None) -> Dataset:
+    """MNIST, or noise of its shape where its files are not there."""
+    try:
+        return load_dataset("mnist", data_dir)
+    except FileNotFoundError:
+        print("MNIST's files are not there: noise of its shape takes their place")
+    generator = torch.Generator().manual_seed(0)
+
+    def split(n):
+        images = torch.randint(0, 256, (n, 1, 28, 28), dtype=torch.uint8, generator=generator)
+        return Split(images, torch.randint(0, 10, (n,), generator=generator))
+
+    return Dataset("mnist", 10, tuple("0123456789"), *map(split, (55_000, 5_000, 10_000)))
+
+
+def trained(data: Dataset, device: torch.device, steps: int, cuda_graph: bool) -> list[float]:
+    """Seconds per step of ``fastinterp train`` on the recipe, one for every ten steps."""
+    options = RunOptions(limit_steps=steps, cuda_graph=cuda_graph, checkpoint_seconds=1e9)
+    config = dataclasses.replace(CONFIG, rng="torch")  # whose random starts are drawn on a GPU
+    with tempfile.TemporaryDirectory() as folder:
+        Trainer(config, "int", data, Path(folder), device, options).run(StopRequest(), quiet=True)
+        rows = read_metrics(Path(folder) / "metrics.jsonl")
+    return [config.batch_size / row["images_per_second"] for row in rows[1:]]  # warm
+
+
+def rows_of(case: str, seconds: dict[str, list[float]], check: str) -> list[dict]:
+    """Rows of the CSV; the speed-up is over the first side."""
+    median = {name: statistics.median(times) for name, times in seconds.items()}
+    first = next(iter(median.values()))
+    return [
+        {
+            "benchmark": "train_step",
+            "case": case,
+            "side": name,
+            **record.quantiles(times),
+            "ratio": f"{first / median[name]:.2f}",
+            "check": check,
+            "note": f"{CONFIG.batch_size / median[name]:.0f} images/s",
+        }
+        for name, times in seconds.items()
+    ]
+
+
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir")
     parser.add_argument("--steps", type=int, default=EPOCH, help="of each side; 1100 are an epoch")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--csv", type=Path, default=record.RESULTS / "cpu.csv")
     arguments = parser.parse_args(argv)
+    if arguments.steps < 2:
+        parser.error(f"--steps must be at least 2, got {arguments.steps}")
 
     record.require_core()
-    train = load_dataset("mnist", arguments.data_dir).train
+    device, steps = torch.device(arguments.device), arguments.steps
+    data = mnist(arguments.data_dir)
     rng = PaperRng(CONFIG.seed)
-    order = rng.permutation(len(train)).split(CONFIG.batch_size)
+    order = rng.permutation(len(data.train)).split(CONFIG.batch_size)
 
     def batch(i):
-        x, y = train.batch(order[i % EPOCH])
-        return x, y, rng.start(x, CONFIG.eps)
+        x, y = data.train.batch(order[i % EPOCH])
+        return tuple(t.to(device) for t in (x, y, rng.start(x, CONFIG.eps)))
 
-    difference = check(batch(0))
+    difference = check(t.cpu() for t in batch(0))
     if not difference < 1e-6:
         print(f"the two sides disagree at the first step: {difference:.2e}; nothing is timed")
         return 1
     sides = {
-        "eager": Eager(new_net()),
-        "eager channels_last": Eager(new_net().to(memory_format=torch.channels_last)),
-        "fastinterp": Ours(new_net()),
+        "eager": Eager(new_net().to(device)),
+        "eager channels_last": Eager(new_net().to(device, memory_format=torch.channels_last)),
+        "fastinterp": Ours(new_net().to(device)),
     }
+    if device.type == "cuda":
+        sides["eager, CUDA graph"] = Graphed(Eager(new_net().to(device)))
+        sides["fastinterp, CUDA graph"] = Graphed(Ours(new_net().to(device)))
     seconds = {name: [] for name in sides}
-    for begin in range(0, arguments.steps, BLOCK):
-        batches = [batch(i) for i in range(begin, min(begin + BLOCK, arguments.steps))]
+    for begin in range(0, steps, BLOCK):
+        batches = [batch(i) for i in range(begin, min(begin + BLOCK, steps))]
         for name, side in sides.items():
             for one in batches:
                 start = time.perf_counter()
                 side.step(*one)
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
                 seconds[name].append(time.perf_counter() - start)
-
-    median = {name: statistics.median(times) for name, times in seconds.items()}
-    rows = [
-        {
-            "benchmark": "train_step",
-            "case": f"mnist-small-int-1epoch, {arguments.steps} steps",
-            "side": name,
-            **record.quantiles(times),
-            "ratio": f"{median['eager'] / median[name]:.2f}",
-            "check": f"{difference:.1e}",
+    rows = rows_of(f"mnist-small-int-1epoch, {steps} steps", seconds, f"{difference:.1e}")
+    if device.type == "cuda":
+        programs = {
+            f"fastinterp train{' --cuda-graph' * graph}": trained(data, device, 3 * steps, graph)
+            for graph in (False, True)
         }
-        for name, times in seconds.items()
-    ]
+        rows += rows_of(f"mnist-small-int-1epoch, program, {3 * steps} steps", programs, "")
     record.append(arguments.csv, rows)
-    shown = [
-        [row["side"], row["ms_p50"], f"{sum(seconds[row['side']]):.1f}", row["ratio"]]
-        for row in rows
-    ]
-    print(tabulate(shown, ["side", "ms per step (median)", "s in all", "speed-up"]))
+    shown = [[row["side"], row["ms_p50"], row["ratio"], row["note"]] for row in rows]
+    print(tabulate(shown, ["side", "ms per step (median)", "speed-up", ""]))
     print(f"gradients of the first step differ by {difference:.1e} in float64")
     return 0
 
