@@ -82,7 +82,10 @@ ops() {
 # run_step NET DTYPE SIDES SECONDS: benchmarks.step of a network
 run_step() {
   local size=() name="step-$1-$2${5:-}"
-  [ -n "$rehearse" ] && size=(--batch 2 --size "$([ "$1" = small ] && echo 12 || echo 32)" --seconds 0.1 --no-memory)
+  if [ -n "$rehearse" ]; then
+    local pixels=8; case $1 in small) pixels=12 ;; resnet50) pixels=32 ;; esac
+    size=(--batch 2 --size $pixels --seconds 0.1 --no-memory)
+  fi
   step "$name" "$4" "$python" -m benchmarks.step --net "$1" --dtype "$2" --sides "$3" --seconds 3 \
     --device $device --csv "$csv" $([ "$1" = resnet18-cifar ] && echo --batch 128) "${size[@]}"
 }

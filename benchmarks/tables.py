@@ -216,7 +216,9 @@ def main(argv=None) -> int:
     if arguments.plot:
         plot({key: row for newest in machines for key, row in newest.items()}, arguments.plot)
     if arguments.print:
-        print("\n".join(map(long, machines)))
+        for newest in machines:
+            others = beside_peers(_pick(newest, (STEP,), without=True))
+            print(_paragraphs(newest, floors(newest), others))
         return 0
     replace(HERE.parent / "README.md", "\n".join(map(short, machines)))
     replace(HERE / "README.md", "\n".join(map(long, machines)))

@@ -2,8 +2,8 @@
 
     y = A x      gx = A^T gy      ggy = A v
 
-Each is the other's derivative and nothing is kept but sizes. The sums are ATen's kernels; eager
-PyTorch keeps x for its shape alone and returns zeros for it in second order.
+Each is the other's derivative and nothing is kept but sizes. The sums are ATen's kernels, on a CPU
+and on a GPU; eager PyTorch keeps x for its shape alone and returns zeros for it in second order.
 """
 
 from __future__ import annotations

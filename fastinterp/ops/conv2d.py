@@ -14,7 +14,8 @@ vendor kernels:
 
 torch's own second derivative instead makes the weight gradient a convolution with a kernel as
 large as the feature map, and computes weight gradients that nobody asked for. The arithmetic is
-left to the convolution and convolution_backward of torch.
+left to the convolution and convolution_backward of torch: on a GPU it is the vendor's in all three,
+and there are no kernels of our own.
 """
 
 from __future__ import annotations

@@ -10,6 +10,8 @@ Each is bilinear, and its derivatives are the other two, as in conv2d:
     F         D(cotangent, w)               W(cotangent, x)
     D         F(cotangent, w)               W(gy, cotangent)
     W         F(x, cotangent)               D(gy, cotangent)
+
+The products are torch's matrix products: on a GPU the vendor's, and no kernels of our own.
 """
 
 from __future__ import annotations
