@@ -43,7 +43,7 @@ require() {
   for module in torch triton pybind11 numpy tabulate pytest; do
     "$python" -c "import $module" 2>/dev/null || missing+=("python package $module")
   done
-  for tool in cmake ninja git; do command -v $tool >/dev/null || missing+=("$tool"); done
+  for tool in cmake ninja; do command -v $tool >/dev/null || missing+=("$tool"); done
   [ -n "$rehearse" ] || for tool in nvcc nvidia-smi; do
     command -v $tool >/dev/null || missing+=("$tool")
   done
@@ -64,8 +64,9 @@ build() {
     -Dpybind11_DIR=\"\$($python -m pybind11 --cmakedir)\" -DPython_EXECUTABLE=$python \
     -DCMAKE_INSTALL_PREFIX=fastinterp && cmake --build build/gpu --target install"
   "$python" -c "import fastinterp._core" || { tail -30 "$out/build.log"; exit 1; }
-  { nvidia-smi || true; nvcc --version || true; } >"$out/machine.log" 2>&1
-  "$python" -m fastinterp info >>"$out/machine.log" 2>&1
+  { nvidia-smi; nvcc --version; "$python" -c "import sys, torch, triton; from benchmarks import record
+print(record.device_name(), 'torch', torch.__version__, 'triton', triton.__version__, 'python', sys.version)
+print('commit', record.commit())"; } >"$out/machine.log" 2>&1
 }
 
 ops() {
