@@ -116,9 +116,12 @@ class Step:
             hook.remove()
         units = 0.0
         for i, (conv, x) in enumerate(calls):
-            weight = conv.weight.detach().to(kind)
+            # Copied, as the strides of a one-channel weight do not tell its format.
+            weight = torch.empty_like(
+                conv.weight, dtype=kind, memory_format=torch.channels_last
+            ).copy_(conv.weight.detach())
             side = (conv.kernel_size[0] - 1) // 2
-            x = x.detach().to(kind)
+            x = x.detach().to(kind).contiguous(memory_format=torch.channels_last)
             how = (conv.stride, (side, side), conv.dilation, conv.groups)
             y = torch.ones_like(F.conv2d(x, weight, None, *how))
 

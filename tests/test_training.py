@@ -412,3 +412,29 @@ def test_one_epoch_replays_the_released_weights(tmp_path, data_dir, released, me
     deviation = (flat(ours) - flat(theirs)).norm() / (flat(theirs) - flat(initial)).norm()
     print(f"{name}: {deviation:.4f}")
     assert deviation < bound
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["int", "adv"])
+def test_a_fused_run_equals_one_that_is_not(method, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (16, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    split = Split(images, torch.arange(16) % 10)
+    data = Dataset("x", 10, ("",) * 10, split, split, split)
+    settings = dict(batch_size=8, optimizer="sgd", lr=[0.01], eps=0.05, attack_steps=2)
+    settings |= dict(step_size=0.02, ig_steps=2, model="resnet18-cifar", method=method, gamma=0.1)
+    weights = []
+    for fused in (False, True):
+        config = TrainConfig(**settings, fuse=fused)
+        trainer = Trainer(config, method, data, tmp_path, torch.device("cpu"))
+        trainer.model.double()  # else rounding turns signs of the attack's steps
+        batch = trainer._next_batch
+        trainer._next_batch = lambda batch=batch: tuple(
+            t.double() if t.is_floating_point() else t for t in batch()
+        )
+        start = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+        for _ in range(3):
+            trainer._step()
+        end = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+        weights.append(end - start)
+    assert (weights[0] - weights[1]).norm() < 1e-6 * weights[0].norm()

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from . import cifar10, digits, mnist, restricted_imagenet
 from ._files import DataError, resolve_data_dir
+from .augment import Augmentation
 
-__all__ = ["DATASETS", "DataError", "Dataset", "Split", "load_dataset"]
+__all__ = ["DATASETS", "Augmentation", "DataError", "Dataset", "Split", "load_dataset"]
 
 _MODULES = {
     "digits": digits,

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 import torch
 
 from fastinterp._checks import check_attack
-from fastinterp.data import DATASETS, Dataset
+from fastinterp.data import DATASETS, Augmentation, Dataset
 from fastinterp.models import MODELS, PAPER_MODELS, check_model
 from fastinterp.objectives import IG_WEIGHTINGS, METHODS
 from fastinterp.regularizers import MAPS
@@ -35,6 +35,9 @@ class TrainConfig:
         "data", 50, "of all processes together; an epoch's last incomplete batch is dropped"
     )
     accumulate: int = _option("data", 1, "parts in which a batch is computed, to save memory")
+    crop_padding: int = _option("data", 0, "random crops of images padded by so many pixels")
+    flip: bool = _option("data", False, "mirror half of the images")
+    cutout: int = _option("data", 0, "side of a square of zeros somewhere in each image")
 
     model: str = _option("network", "small", ", ".join(MODELS) + ", torchvision:NAME or timm:NAME")
     fuse: bool = _option("network", False, "fuse the network: pays for norms with input gradients")
@@ -108,7 +111,7 @@ class TrainConfig:
         for name, least in (
             *((name, 1) for name in ("epochs", "batch_size", "accumulate")),
             *((name, 1) for name in ("eval_steps", "ig_steps")),
-            *((name, 0) for name in ("eval_examples", "lr_warmup")),
+            *((name, 0) for name in ("eval_examples", "lr_warmup", "crop_padding", "cutout")),
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
@@ -198,6 +201,10 @@ class TrainConfig:
     def methods(self) -> list[str]:
         """Every method to train, each once, the compared ones first."""
         return [m for m in dict.fromkeys(self.compare) if m != self.method] + [self.method]
+
+    @property
+    def augmentation(self) -> Augmentation:
+        return Augmentation(self.crop_padding, self.flip, self.cutout)
 
     def lr_at(self, step: int, total: int) -> float:
         """Learning rate of step 0, 1, ... of ``total``."""

@@ -155,6 +155,7 @@ class Trainer:
         for settings in (config, self.options):
             settings.check_world(self.world.size, device)
         self.train = data.train.to(device)
+        self._augmentation = config.augmentation
         self.rng = RNGS[config.rng](config.seed)
         channels = data.train.images.shape[1]
         self.model = self.rng.create(lambda: create_model(config.model, channels, data.num_classes))
@@ -368,6 +369,9 @@ class Trainer:
             indices = self.order[: self.steps_per_epoch * size].view(-1, size)[position:, part]
             self._batches = self.train.batches(indices)
         x, y = next(self._batches)
+        if self._augmentation:
+            size = self.config.batch_size
+            x = self._augmentation(x, (self.config.seed, self.step), self.world.part(size), size)
         return x.contiguous(memory_format=self._format) if self.config.channels_last else x, y
 
     def _start(self, x: torch.Tensor, eps: float) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Named configurations: the paper's of every data set, network and method, and others."""
+"""Named configurations: the paper's of every data set, network and method, and modern ones."""
 
 from __future__ import annotations
 
@@ -54,6 +54,52 @@ _NETWORKS = {
 # The released timing runs: one epoch at lr 1e-4 and the full, constant eps.
 _ONE_EPOCH = dict(epochs=1, eps_warmup=[], lr=[1e-4], lr_steps=[])
 
+# Networks of today as they are usually trained.
+_MODERN = dict(
+    compare=[],
+    optimizer="sgd",
+    lr_schedule="cosine",
+    weight_decay=5e-4,
+    amp="bf16",
+    channels_last=True,
+    fuse=True,
+    flip=True,
+    attack_steps=10,
+    gamma=0.01,
+    beta=6.0,
+)
+_MODERN_RUNS = {
+    "cifar10-resnet18": {
+        **_MODERN,
+        "dataset": "cifar10",
+        "model": "resnet18-cifar",
+        "epochs": 60,
+        "batch_size": 128,
+        "lr": [0.1],
+        "lr_warmup": 350,
+        "crop_padding": 4,
+        "eps": 8 / 255,
+        "step_size": 2 / 255,
+        "eval_eps": [2 / 255, 4 / 255, 8 / 255],
+        "eval_step_size": 2 / 255,
+    },
+    "restricted-imagenet-resnet50": {
+        **_MODERN,
+        "dataset": "restricted-imagenet",
+        "model": "torchvision:resnet50",
+        "epochs": 35,
+        "batch_size": 128,
+        "lr": [0.05],
+        "lr_warmup": 1000,
+        "weight_decay": 1e-4,
+        "attack_steps": 3,
+        "eps": 4 / 255,
+        "step_size": 2 / 255,
+        "eval_eps": [1 / 255, 2 / 255, 4 / 255],
+        "eval_step_size": 1 / 255,
+    },
+}
+
 RECIPES: dict[str, dict] = {
     "digits-small-int": dict(
         dataset="digits",
@@ -83,6 +129,11 @@ RECIPES: dict[str, dict] = {
         for model in _NETWORKS[dataset]
         for method in METHODS
         for suffix, extra in (("", {}), ("-1epoch", _ONE_EPOCH))
+    },
+    **{
+        f"{name}-{method}": {**settings, "method": method}
+        for name, settings in _MODERN_RUNS.items()
+        for method in METHODS
     },
 }
 
