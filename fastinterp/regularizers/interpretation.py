@@ -163,7 +163,8 @@ class InterpretationRegularizer(nn.Module):
                 minimised: the pass over x' counts instead.
             validate: check the values of x and y, which on a GPU waits for the device.
             network: CamNetwork of ``model``, for a loop that knows the model does not change; by
-                default it is made anew, which costs a forward pass of one image.
+                default it is made anew at every call: a forward pass of one image and a trace of
+                the model, 20 ms for a ResNet-18.
 
         Returns:
             A scalar, differentiable once to the parameters; with return_aux, (scalar, Aux).
