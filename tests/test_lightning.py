@@ -39,7 +39,7 @@ def test_a_lightning_module_learns(tmp_path):
     )
     trainer = lightning.Trainer(
         accelerator="cpu",
-        max_epochs=3,
+        max_epochs=5,
         default_root_dir=tmp_path,
         logger=False,
         enable_checkpointing=False,

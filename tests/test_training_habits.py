@@ -204,7 +204,7 @@ def test_metrics_say_how_fast_and_how_much_of_it_is_the_attack(tmp_path):
     trainer = make_trainer(tmp_path, epochs=5, attack_steps=8)
     trainer.run(StopRequest(), quiet=True)
     row = read_metrics(tmp_path / "metrics.jsonl")[-1]
-    assert 0.5 < row["attack_share"] < 1 and row["images_per_second"] > 0
+    assert 0.2 < row["attack_share"] < 1 and row["images_per_second"] > 0
     assert row["memory_mb"] > 50 and row["grad_norm"] > 0
     normal = make_trainer(tmp_path / "normal", method="normal")
     normal.run(StopRequest(), quiet=True)
