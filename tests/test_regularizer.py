@@ -482,7 +482,7 @@ def one_process(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["cam", "input_gradient"])
-@pytest.mark.parametrize("wrap", ["compile", "data parallel", "distributed", "all"])
+@pytest.mark.parametrize("wrap", ["compile", "data parallel", "distributed", "all", "around"])
 def test_wrapped_models(smooth, one_process, name, wrap):
     """A compiled graph has no second derivative, the model inside has; a word is said once."""
     net, x, y = smooth
@@ -498,13 +498,15 @@ def test_wrapped_models(smooth, one_process, name, wrap):
         model = nn.DataParallel(model)
     if wrap in ("distributed", "all"):
         model = DistributedDataParallel(model)
+    if wrap == "around":
+        model = torch.compile(DistributedDataParallel(model), backend="aot_eager")
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         for _ in range(2):
             value = reg(model, x, y, start=start)
     told = " ".join(str(each.message) for each in seen if each.category is RuntimeWarning)
-    assert told.count("cannot be differentiated again") == (wrap in ("compile", "all"))
-    assert told.count("wrap a module whose forward") == (wrap in ("distributed", "all"))
+    assert told.count("cannot be differentiated again") == (wrap in ("compile", "all", "around"))
+    assert told.count("wrap a module whose forward") == (wrap in ("distributed", "all", "around"))
     torch.testing.assert_close(value, expected)
     for got, want in zip(
         torch.autograd.grad(value, parameters, allow_unused=True), wanted, strict=True

@@ -36,7 +36,7 @@ def _is_compiled(model: nn.Module) -> bool:
 
 
 def _is_distributed(model: nn.Module) -> bool:
-    return isinstance(model, nn.parallel.DistributedDataParallel)
+    return any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules())
 
 
 _COMPILED = (
