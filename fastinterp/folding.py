@@ -390,11 +390,15 @@ def _cast(parts: Iterable[nn.Module], dtype: torch.dtype) -> None:
                     leaf._parameters[key] = tensor.to(dtype)
 
 
-def find_attack_form(model: nn.Module) -> AttackForm | None:
+def find_attack_form(
+    model: nn.Module,
+    x: torch.Tensor | None = None,
+    cam: tuple[nn.Module, nn.Linear] | None = None,
+) -> AttackForm | None:
     """The model's AttackForm; None where torch.fx cannot trace it or FASTINTERP_FOLD is off."""
     if not enabled():
         return None
     try:
-        return AttackForm(model)
+        return AttackForm(model, x, cam)
     except NotTraceable:
         return None

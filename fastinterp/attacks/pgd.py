@@ -15,7 +15,7 @@ from fastinterp._timing import timed
 from fastinterp.attacks.losses import LOSSES, beaten, loss_function
 from fastinterp.folding import find_attack_form
 from fastinterp.maps import CamNetwork
-from fastinterp.ops.attack_step import attack_step, per_example
+from fastinterp.ops.attack_step import attack_step, columns, per_example
 
 
 def random_start(
@@ -34,7 +34,7 @@ def random_start(
     """
     noise = torch.empty_like(x, device=generator.device if generator else x.device)
     per_image = isinstance(eps, torch.Tensor)
-    radius = eps.to(x).view(-1, *[1] * (x.dim() - 1)) if per_image else eps
+    radius = columns(eps.to(x), x) if per_image else eps
     if norm == "Linf":
         if per_image:
             return radius * noise.uniform_(-1, 1, generator=generator).to(x.device)
@@ -133,7 +133,7 @@ class _Worst:
         worse = (won & ~had) | ((won == had) & (value > before))
         self._value[rows] = torch.where(worse, value, before)
         self.beaten[rows] = had | won
-        self.x[rows] = torch.where(worse.view(-1, *[1] * (z.dim() - 1)), z, self.x[rows])
+        self.x[rows] = torch.where(columns(worse, z), z, self.x[rows])
 
 
 def _ascend(objective, x, eps, sizes, norm, clip, worst, best, step, start):

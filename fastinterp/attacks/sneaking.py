@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ from fastinterp.attacks.losses import beaten, margin
 from fastinterp.attacks.pgd import attacked, maximise
 from fastinterp.discrepancy import discrepancy
 from fastinterp.maps import CamNetwork
-from fastinterp.ops.attack_step import per_example
+from fastinterp.ops.attack_step import columns, per_example
 
 CLASSES = ("one", "two", "all")
 NORMS = ("l1", "l2")
@@ -94,6 +95,7 @@ def least_eps(
     if not 0 < first <= largest < math.inf:
         raise ValueError(f"0 < first <= largest < inf must hold, got {first} and {largest}")
     goal = y if target is None else target
+    search = partial(maximise, steps=steps, clip=clip, best=True)
     with attacked(model, network) as logits:
         correct = _correct(logits, x, y, target)
 
@@ -103,15 +105,7 @@ def least_eps(
             return margin(f, y, goal, target is not None).clamp(max=kappa), reached
 
         def attempt(eps):
-            z = maximise(
-                objective,
-                x,
-                eps=eps,
-                step_size=step_share * eps,
-                steps=steps,
-                clip=clip,
-                best=True,
-            )
+            z = search(objective, x, eps=eps, step_size=step_share * eps)
             with torch.no_grad():
                 return z, beaten(logits(z), goal, target is not None)
 
@@ -119,7 +113,7 @@ def least_eps(
 
         def keep(z, won):
             nonlocal x_adv
-            x_adv = torch.where(_columns(won, x), z, x_adv)
+            x_adv = torch.where(columns(won, x), z, x_adv)
 
         start = torch.full((len(x),), first, device=x.device)
         _, high = _bisect(attempt, keep, start, rounds, 2, largest=largest, seek_least=True)
@@ -187,6 +181,7 @@ def attack_sneaking(
             "eps must be finite; least_eps gives inf where it found none: leave these images out"
         )
     network = CamNetwork(model, x) if network is None else network
+    search = partial(maximise, steps=steps, clip=clip, best=True)
     with network.attacked() as run:
         _correct(lambda z: run(z)[2], x, y, target)
         with torch.no_grad():
@@ -207,15 +202,7 @@ def attack_sneaking(
                 d, ahead, reached = look(z)
                 return ahead - gamma * d, reached
 
-            z = maximise(
-                objective,
-                x,
-                eps=eps,
-                step_size=step_share * eps,
-                steps=steps,
-                clip=clip,
-                best=True,
-            )
+            z = search(objective, x, eps=eps, step_size=step_share * eps)
             with torch.no_grad():
                 return z, look(z)[2]
 
@@ -227,7 +214,7 @@ def attack_sneaking(
             with torch.no_grad():
                 d = look(z)[0].to(least)
             nearer = won & (d < least)
-            x_adv = torch.where(_columns(nearer, x), z, x_adv)
+            x_adv = torch.where(columns(nearer, x), z, x_adv)
             least, flipped = torch.where(nearer, d, least), flipped | won
 
         keep(*attempt(torch.zeros_like(eps)))
@@ -259,10 +246,6 @@ def _bisect(
         low, high = torch.where(rises, value, low), torch.where(rises, high, value)
         value = torch.where(high.isfinite(), (low + high) / 2, growth * value).clamp(max=largest)
     return low, high
-
-
-def _columns(mask: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return mask.view(-1, *[1] * (x.dim() - 1))
 
 
 def _check(x, clip, kappa, rounds, steps, step_share) -> None:

@@ -16,8 +16,7 @@ from torch import nn
 
 from fastinterp._checks import check_images
 from fastinterp._state import attack_parameters, eval_mode, substituted
-from fastinterp.folding import AttackForm, enabled
-from fastinterp.fusion.tracing import NotTraceable
+from fastinterp.folding import AttackForm, find_attack_form
 from fastinterp.maps._call import borrowed
 from fastinterp.maps._layers import UnsupportedModelError, is_global_pool
 from fastinterp.maps._target import at_least_float, parse
@@ -124,12 +123,7 @@ class CamNetwork:
     def _find_form(self, x: torch.Tensor) -> AttackForm | None:
         with eval_mode(self.model), self._recorded() as run:
             run(x)
-        if not enabled():
-            return None
-        try:
-            return AttackForm(self.model, x, (self._pool, self.head))
-        except NotTraceable:
-            return None
+        return find_attack_form(self.model, x, (self._pool, self.head))
 
     @contextmanager
     def _recorded(self) -> Iterator:

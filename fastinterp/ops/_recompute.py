@@ -47,9 +47,14 @@ def recompute() -> Iterator[None]:
         _thread.made = outer
 
 
+def recomputing() -> bool:
+    """Whether this thread is inside of ``recompute``."""
+    return getattr(_thread, "made", None) is not None
+
+
 def can_be_made_again(y: torch.Tensor, make: Callable[[], torch.Tensor]) -> None:
-    """Tells ``recompute`` how to make y, by a function that keeps only what others keep."""
-    if getattr(_thread, "made", None) is not None and y.requires_grad:
+    """Tells the running ``recompute`` how to make y, by a function that keeps what others keep."""
+    if y.requires_grad:
         y._fastinterp_recipe = _Recipe(y._version, make)
         _thread.made[y.data_ptr()] = y
 

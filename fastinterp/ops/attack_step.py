@@ -124,13 +124,13 @@ def per_example(name: str, value: float | torch.Tensor, x: torch.Tensor) -> torc
     return value.to(device=x.device, dtype=dtype)
 
 
-def _columns(value: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def columns(value: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """One value, or one per example, in a shape that broadcasts against x."""
     return value.reshape(value.numel(), *[1] * (x.dim() - 1))
 
 
 def _length(v: torch.Tensor) -> torch.Tensor:
-    return _columns(torch.linalg.vector_norm(v.flatten(1), dim=1), v)
+    return columns(torch.linalg.vector_norm(v.flatten(1), dim=1), v)
 
 
 def _direction(grad: torch.Tensor, norm: str) -> torch.Tensor:
@@ -139,7 +139,7 @@ def _direction(grad: torch.Tensor, norm: str) -> torch.Tensor:
     # Dividing by the largest entry first keeps the squares of tiny gradients from underflowing.
     largest = grad.flatten(1).abs().amax(1) if grad.numel() else grad.new_zeros(len(grad))
     tiny = torch.finfo(grad.dtype).tiny
-    scaled = grad / _columns(torch.where(largest < tiny, math.inf, largest), grad)
+    scaled = grad / columns(torch.where(largest < tiny, math.inf, largest), grad)
     length = _length(scaled)
     return scaled / torch.where(length == 0, 1, length)
 
@@ -148,8 +148,8 @@ def _moved(x, grad, origin, eps, step_size, norm):
     """The iterate after the step, grad, origin and the radius, in the accumulation dtype."""
     dtype = eps.dtype
     x, grad, origin = x.to(dtype), grad.to(dtype), origin.to(dtype)
-    y = x + _columns(step_size, x) * _direction(grad, norm)
-    return y, grad, origin, _columns(eps, x)
+    y = x + columns(step_size, x) * _direction(grad, norm)
+    return y, grad, origin, columns(eps, x)
 
 
 def reference(x, grad, origin, eps, step_size, norm, clip_min, clip_max):
@@ -258,14 +258,14 @@ def _backward(ctx, grad_out):
         grad_origin = upstream - grad_x
         direction = _direction(grad32, "L2")
         size = _length(grad32)
-        scale = torch.where(size > 0, _columns(step_size, x) / size, 0)
+        scale = torch.where(size > 0, columns(step_size, x) / size, 0)
         grad_grad = scale * (grad_x - direction * _dot(direction, grad_x))
         grad_grad = grad_grad.to(grad.dtype)
     return grad_x.to(x.dtype), grad_grad, grad_origin.to(origin.dtype), *(None,) * 5
 
 
 def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return _columns((a * b).flatten(1).sum(1), a)
+    return columns((a * b).flatten(1).sum(1), a)
 
 
 register_autograd("attack_step", _backward, setup_context=_setup_context)

@@ -37,7 +37,7 @@ from fastinterp.ops._autograd import (
     wanted,
 )
 from fastinterp.ops._layout import contiguous, dense, dense_as, filled, is_channels_last
-from fastinterp.ops._recompute import can_be_made_again
+from fastinterp.ops._recompute import can_be_made_again, recomputing
 
 _KIND = "bool training, float eps, str activation, float alpha"
 _INPUTS = "Tensor x, Tensor? residual, Tensor? mask, Tensor? weight, Tensor? bias"
@@ -155,7 +155,7 @@ def batch_norm_act(
             for running, batch in ((running_mean, mean), (running_var, unbiased_var)):
                 if running is not None:
                     running.lerp_(batch.to(running.dtype), momentum)
-    if residual is None:
+    if residual is None and recomputing():
         given = (t if t is None else t.detach() for t in (x, weight, bias, mean, rstd))
         can_be_made_again(y, partial(_again, *given, activation, alpha))
     return y
