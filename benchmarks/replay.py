@@ -1,8 +1,10 @@
 """One MNIST epoch of an objective, replayed from the released code's seed, against its weights.
 
-    python -m benchmarks.replay --method trades --data-dir DATA --released FOLDER [--csv FILE]
+    python -m benchmarks.replay --method trades --data-dir DATA --released FOLDER --runs FOLDER \
+        [--csv FILE]
 
-Two runs: from the initialisation, and from one that differs by 1e-7 of each weight. The distance
+Two runs, at once and with half of the threads each, which go on where they were stopped: from the
+initialisation, and from one that differs by 1e-7 of each weight. The distance
 between their ends is what rounding alone does to such a run; the distance to the released network
 (mnist_smallgap_METHOD_1.npz, where FOLDER has it) is to be read beside it. Both are relative: norm
 of the difference over norm of the first run's update, all weights together.
@@ -11,9 +13,10 @@ of the difference over norm of the first run's update, all weights together.
 from __future__ import annotations
 
 import argparse
-import copy
-import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -30,20 +33,23 @@ PERTURBATION = 1e-7
 
 
 def flat(model: torch.nn.Module) -> torch.Tensor:
+    """All weights, copied."""
     return torch.cat([p.detach().double().flatten() for p in model.parameters()])
 
 
-def run(config, method, data, perturbation: float) -> tuple[torch.Tensor, torch.Tensor, float]:
+def run(config, data_dir: str, folder: Path, perturbation: float, threads: int):
     """Weights before and after one epoch, and its seconds."""
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(config, method, data, Path(folder), torch.device("cpu"))
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for p in trainer.model.parameters():
-                p.mul_(1 + perturbation * torch.randn(p.shape, generator=generator))
-        before = flat(copy.deepcopy(trainer.model))
-        trainer.run(StopRequest())
-        return before, flat(trainer.model), trainer.seconds
+    torch.set_num_threads(threads)
+    data = load_dataset(config.dataset, data_dir)
+    trainer = Trainer(config, config.method, data, folder, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in trainer.model.parameters():
+            p.mul_(1 + perturbation * torch.randn(p.shape, generator=generator))
+    before = flat(trainer.model)
+    trainer.resume()
+    trainer.run(StopRequest())
+    return before, flat(trainer.model), trainer.seconds
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -51,6 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--method", choices=METHODS, required=True)
     parser.add_argument("--data-dir", required=True)
     parser.add_argument("--released", type=Path, required=True)
+    parser.add_argument("--runs", type=Path, required=True, help="folder of the two runs")
     parser.add_argument("--ig-weighting", choices=IG_WEIGHTINGS, default="sum")
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args(argv)
@@ -59,11 +66,16 @@ def main(argv: list[str] | None = None) -> None:
     config = replace(
         recipe(f"mnist-small-{args.method}-1epoch"), rng="paper", ig_weighting=args.ig_weighting
     )
-    data = load_dataset("mnist", args.data_dir)
-    before, after, seconds = run(config, args.method, data, 0.0)
-    _, moved, _ = run(config, args.method, data, PERTURBATION)
-    update = (after - before).norm()
     case = args.method + (f" {args.ig_weighting}" if args.method.startswith("ig") else "")
+    threads = max(1, torch.get_num_threads() // 2)
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        (before, after, seconds), (_, moved, _) = pool.map(
+            partial(run, config, args.data_dir),
+            [args.runs / case / "released-init", args.runs / case / "moved-init"],
+            [0.0, PERTURBATION],
+            [threads, threads],
+        )
+    update = (after - before).norm()
     rows = [(f"init moved by {PERTURBATION:g}", (moved - after).norm() / update)]
     name = RELEASED.get(args.method, args.method.replace("-", ""))
     file = args.released / f"mnist_smallgap_{name}_1.npz"

@@ -49,6 +49,8 @@ class Objective(nn.Module):
     Args:
         model: images (N, C, H, W) in [0,1] -> logits (N, K).
         step_size, steps: of the inner maximisation, in units of x.
+        restarts: its ascents in all, each example keeping the worst point; from the second on they
+            start at random points drawn from torch's global generator.
         gamma: weight of the discrepancy.
         beta: weight of TRADES' divergence.
         ig_weight: lambda, weight of the integrated gradients' norm.
@@ -68,6 +70,7 @@ class Objective(nn.Module):
         *,
         step_size: float,
         steps: int,
+        restarts: int = 1,
         gamma: float = 0.01,
         beta: float = 1.0,
         ig_weight: float = 1.0,
@@ -80,7 +83,7 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.gamma, self.beta = model, gamma, beta
         self.ig_weight, self.ig_steps, self.ig_weighting = ig_weight, ig_steps, ig_weighting
-        self._attack = dict(step_size=step_size, steps=steps)
+        self._attack = dict(step_size=step_size, steps=steps, restarts=restarts)
         self.map, self.softplus_beta = map, softplus_beta
         self._ce = partial(F.cross_entropy, label_smoothing=label_smoothing)
         self._network: CamNetwork | None = None  # made once: a loop's model stays what it is

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks import methods
+from benchmarks.objective_costs import MAPS
 from fastinterp import fuse
 from fastinterp.attacks import random_start
 from fastinterp.objectives import METHODS
@@ -54,15 +55,19 @@ class BatchNormNet(nn.Module):
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["stock", "fused"])
-@pytest.mark.parametrize("method", METHODS)
-def test_batch_norm_and_dropout_see_what_they_see_in_plain_code(batch, method, fused):
+@pytest.mark.parametrize(
+    ("method", "map"),
+    [*((m, "cam") for m in METHODS), *((m, "ig") for m in ("int", "int-one-class", "int-adv"))],
+)
+def test_batch_norm_and_dropout_see_what_they_see_in_plain_code(batch, method, map, fused):
     """Parameters, running statistics and the generator after two steps of plain SGD."""
     plain, how = (
         BatchNormNet().double(),
         dict(step_size=STEP, steps=STEPS, gamma=0.3, ig_weight=0.3),
     )
     ours = fuse(copy.deepcopy(plain)) if fused else copy.deepcopy(plain)
-    objective = METHODS[method](ours, **how)
+    objective = METHODS[method](ours, **how, map=MAPS[map], ig_steps=methods.IG_POINTS)
+    how["map"] = map
     x, y = batch[0].double(), batch[1]
 
     def step(net, loss, seed):
@@ -104,3 +109,23 @@ def test_the_weight_of_the_released_ig_norm_falls_with_the_batch(small_net, batc
         for weighting in ("sum", "batch-mean")
     ]
     torch.testing.assert_close(penalties[1] * len(x), penalties[0])
+
+
+@pytest.mark.parametrize(
+    ("method", "part"),
+    [("adv", None), ("int", "discrepancy"), ("int-adv", None), ("ig-norm", "ig_norm")],
+)
+def test_more_starts_find_what_is_at_least_as_bad(small_net, batch, method, part):
+    """What is raised, a part of the loss or all of it; the draws are of torch's generator."""
+    net, (x, y) = small_net.double(), (batch[0].double(), batch[1])
+    start = random_start(x, EPS)
+
+    def raised(restarts, seed=0):
+        torch.manual_seed(seed)
+        objective = METHODS[method](net, step_size=STEP, steps=1, gamma=0.5, restarts=restarts)
+        loss, parts = objective(x, y, EPS, start)
+        return parts.get(part, loss)
+
+    once, often = raised(1), raised(8)
+    assert often > once
+    assert often == raised(8) and often != raised(8, seed=1)

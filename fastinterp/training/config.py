@@ -56,6 +56,7 @@ class TrainConfig:
         "objective", [], "two steps: eps is 0 until the first, full at the second"
     )
     attack_steps: int = _option("objective", 40, "steps of the inner maximisation")
+    restarts: int = _option("objective", 1, "its starts, of which each image keeps the worst end")
     step_size: float = _option("objective", 0.01, "size of one such step")
     gamma: float = _option("objective", 0.01, "weight of the discrepancy")
     beta: float = _option("objective", 1.0, "weight of trades' divergence")
@@ -110,7 +111,7 @@ class TrainConfig:
         check_model(self.model)
         for name, least in (
             *((name, 1) for name in ("epochs", "batch_size", "accumulate")),
-            *((name, 1) for name in ("eval_steps", "ig_steps")),
+            *((name, 1) for name in ("eval_steps", "ig_steps", "restarts")),
             *((name, 0) for name in ("eval_examples", "lr_warmup", "crop_padding", "cutout")),
         ):
             if getattr(self, name) < least:

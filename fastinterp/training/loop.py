@@ -109,6 +109,7 @@ def create_objective(config: TrainConfig, method: str, model: nn.Module) -> Obje
         model,
         step_size=config.step_size,
         steps=config.attack_steps,
+        restarts=config.restarts,
         gamma=config.gamma,
         beta=config.beta,
         ig_weight=config.ig_weight,
