@@ -21,7 +21,6 @@ from torch.nn import functional as F
 from benchmarks import record
 from fastinterp.attacks import attack_interpretation, pgd
 from fastinterp.data import load_dataset
-from fastinterp.maps import find_cam_network
 from fastinterp.models import create_model, init_paper
 
 EPS, STEP_SIZE, K = 0.3, 0.01, 8
@@ -62,7 +61,7 @@ def one_by_one(loss, net, *batch, steps):
 
 def our_pgd(net, x, y, start, steps):
     how = dict(eps=EPS, step_size=STEP_SIZE, steps=steps, start=start)
-    return pgd(net, x, y, **how, network=find_cam_network(net, x))
+    return pgd(net, x, y, **how)
 
 
 def our_aai(net, x, y, start, steps):

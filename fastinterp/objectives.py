@@ -35,7 +35,6 @@ from fastinterp._checks import values_unread
 from fastinterp._state import uncounted
 from fastinterp.attacks import attacked, maximise
 from fastinterp.fusion import fuse
-from fastinterp.maps import CamNetwork, find_cam_network
 from fastinterp.maps._target import parse
 from fastinterp.maps.integrated import along_path
 from fastinterp.regularizers import InterpretationRegularizer
@@ -86,7 +85,6 @@ class Objective(nn.Module):
         self._attack = dict(step_size=step_size, steps=steps, restarts=restarts)
         self.map, self.softplus_beta = map, softplus_beta
         self._ce = partial(F.cross_entropy, label_smoothing=label_smoothing)
-        self._network: CamNetwork | None = None  # made once: a loop's model stays what it is
 
     def forward(
         self,
@@ -118,11 +116,6 @@ class Objective(nn.Module):
     def attacked_loss(self, x, y, eps, start):
         raise NotImplementedError
 
-    def _found_network(self, x) -> CamNetwork | None:
-        if self._network is None:
-            self._network = find_cam_network(self.model, x)
-        return self._network
-
 
 def _nothing_to_maximise(eps) -> bool:
     return not isinstance(eps, torch.Tensor) and eps == 0
@@ -136,7 +129,7 @@ class Normal(Objective):
 class Adv(Objective):
     def forward(self, x, y, eps, start):
         if not _nothing_to_maximise(eps):
-            with attacked(self.model, self._found_network(x)) as logits:
+            with attacked(self.model, x) as logits:
                 x = maximise(
                     lambda z: F.cross_entropy(logits(z), y, reduction="none"),
                     x,
@@ -151,7 +144,7 @@ class Trades(Objective):
     PARTS = ("kl",)
 
     def attacked_loss(self, x, y, eps, start):
-        with attacked(self.model, self._found_network(x)) as logits:
+        with attacked(self.model, x) as logits:
             with torch.no_grad():
                 clean = logits(x).log_softmax(1)
             x_adv = maximise(
@@ -198,8 +191,6 @@ class Int(Objective):
         )
 
     def attacked_loss(self, x, y, eps, start):
-        if self._network is None and self.map == "cam":
-            self._network = CamNetwork(self.model, x)
         value, aux = self.regularizer(
             self.model,
             x,
@@ -209,7 +200,6 @@ class Int(Objective):
             return_aux=True,
             counts="x_adv" if self.adversarial else "x",
             validate=False,
-            network=self._network,
         )
         ce = self._ce(aux.logits_adv if self.adversarial else aux.logits, y)
         return ce + self.gamma * value, {"ce": ce.detach(), "discrepancy": value.detach()}
@@ -233,7 +223,7 @@ class IgNorm(Objective):
             ig = along_path("ig-norm", model, z, classes, x, self.ig_steps, "right", of="loss")
             return weight * ig.abs().flatten(1).sum(1)
 
-        with attacked(model, self._found_network(x)) as net:
+        with attacked(model, x) as net:
 
             def raised(z):
                 if not self.adversarial:

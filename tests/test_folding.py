@@ -1,6 +1,8 @@
 """The form that attacks run: equal to the network as written, which is the oracle."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -118,15 +120,76 @@ def test_training_step_is_that_without_folding(name, method, how, fused, monkeyp
 def test_it_follows_the_weights_and_the_statistics():
     net = with_statistics(NormedTail())
     x = torch.rand(2, 3, 8, 8, dtype=torch.float64)
-    network = CamNetwork(net, x)
+    form = CamNetwork(net, x).form
     for _ in range(2):
         with torch.no_grad():
             net(x + torch.randn(()))
             net.stem.weight.mul_(1.5)
             net.fc.bias.add_(1)
-        with attacked(net, network) as model:
+        with attacked(net, x) as model:
             logits = model(x)
         torch.testing.assert_close(logits, copy.deepcopy(net).eval()(x), **EXACT)
+    assert CamNetwork(net, x).form is form
+
+
+class Switched(nn.Module):
+    """Its forward depends on attributes of several kinds."""
+
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(3, c, 3, padding=1) for c in (3, 6))
+        self.pool, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(6, 4)
+        self.flag, self.order, self.act = False, {"first": [0, 0, 1]}, F.relu
+        self.double()
+
+    def forward(self, x):
+        for i in self.order["first"]:
+            x = self.act(self.convs[i](x))
+        return self.fc(self.pool(-x if self.flag else x).flatten(1))
+
+
+CHANGES = {
+    "a flag": lambda net: setattr(net, "flag", True),
+    "a function": lambda net: setattr(net, "act", F.silu),
+    "a list in a dictionary": lambda net: net.order["first"].pop(0),
+    "a parameter": lambda net: setattr(net.convs[1], "bias", None),
+    "a tuple of a child": lambda net: setattr(net.convs[1], "dilation", (2, 2)),
+    "a hook": lambda net: net.convs[1].register_forward_hook(lambda *args: 2 * args[2]),
+    "a child": lambda net: net.convs.__setitem__(0, nn.Sequential(net.convs[0], nn.Tanh())),
+    "fused": fi.fuse,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_it_is_made_again_when_the_network_has_changed(change):
+    net, x = Switched(), torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    for do in (lambda net: None, change):
+        do(net)
+        with attacked(net, x) as model, attacked(net) as headed:
+            for logits in (model(x), headed(x)):
+                torch.testing.assert_close(logits, net(x), **EXACT)
+
+
+def test_it_does_not_keep_a_network_alive():
+    net, x = Switched(), torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    for images in (x, None):
+        with attacked(net, images) as model:
+            model(x)
+    gone = [weakref.ref(each) for each in (net, net.fc, net.fc.weight, net.convs[1].weight)]
+    del net, model
+    gc.collect()
+    assert not any(each() is not None for each in gone)
+
+
+def test_attacks_within_one_another_have_parameters_of_their_own():
+    net, x = Switched(), torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    with attacked(net, x) as outer:
+        before = outer(x)
+        with torch.no_grad():
+            net.convs[0].weight.mul_(2)
+        with attacked(net, x) as inner:
+            torch.testing.assert_close(inner(x), net(x), **EXACT)
+        assert torch.equal(outer(x), before)
 
 
 def test_a_network_without_cam_is_folded_too(monkeypatch):

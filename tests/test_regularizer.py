@@ -12,7 +12,6 @@ from torch.nn.parallel import DistributedDataParallel
 from fastinterp import InterpretationRegularizer, maps
 from fastinterp.attacks import maximise, pgd, random_start
 from fastinterp.discrepancy import CLASSES, NORMS, class_weights, map_distance
-from fastinterp.maps import CamNetwork
 from fastinterp.regularizers import MAPS
 from fastinterp.regularizers.interpretation import INNER
 
@@ -348,17 +347,16 @@ def test_no_grad_is_refused(small_net):
         InterpretationRegularizer("cam", **ATTACK)(small_net, X, Y)
 
 
-@pytest.mark.parametrize("network", [True, False])
-def test_pgd_is_the_plain_loop(small_net, batch, network):
+@pytest.mark.parametrize("fold", ["on", "off"])
+def test_pgd_is_the_plain_loop(small_net, batch, fold, monkeypatch):
+    monkeypatch.setenv("FASTINTERP_FOLD", fold)
     net, (x, y) = small_net.double(), (batch[0].double(), batch[1])
     z = x
     for _ in range(4):
         z = z.detach().requires_grad_()
         (grad,) = torch.autograd.grad(F.cross_entropy(net(z), y), z)
         z = (z.detach() + 0.03 * grad.sign()).clamp(x - 0.1, x + 0.1).clamp(0, 1)
-    got = pgd(
-        net, x, y, eps=0.1, step_size=0.03, steps=4, network=CamNetwork(net, x) if network else None
-    )
+    got = pgd(net, x, y, eps=0.1, step_size=0.03, steps=4)
     torch.testing.assert_close(got, z, rtol=0, atol=1e-12)
     assert pgd(net, x[:0], y[:0], **ATTACK).shape == (0, 1, 28, 28)
 

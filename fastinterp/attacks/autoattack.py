@@ -19,7 +19,6 @@ from torch import nn
 
 from fastinterp._checks import check_attack, check_images, check_labels
 from fastinterp.attacks.pgd import attacked
-from fastinterp.maps import CamNetwork
 
 VERSIONS = {
     "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
@@ -54,7 +53,6 @@ def autoattack(
     version: str = "standard",
     norm: str = "Linf",
     generator: torch.Generator | None = None,
-    network: CamNetwork | None = None,
 ) -> torch.Tensor:
     """Images that AutoAttack changed where it found one of another class, and x elsewhere.
 
@@ -69,7 +67,6 @@ def autoattack(
         version: one of VERSIONS.
         norm: "Linf", "L2" or "L1".
         generator: of the seed; by default torch's global one.
-        network: the model's CamNetwork, if there is one: a foldable head makes each step cheaper.
 
     Returns:
         x', (N, C, H, W), detached.
@@ -89,7 +86,7 @@ def autoattack(
     if len(x) == 0:
         return x.clone()
     seed = int(torch.randint(2**31, (), generator=generator))
-    with attacked(model, network) as logits:
+    with attacked(model, x) as logits:
         with torch.no_grad():
             classes = logits(x[:1]).shape[1]
         check_labels(y, len(x), classes)

@@ -67,7 +67,6 @@ def attack_interpretation(
     restarts: int = 1,
     best: bool = False,
     generator: torch.Generator | None = None,
-    network: CamNetwork | None = None,
 ) -> InterpretationAttack:
     """Moves the map of the true class; the defaults are the paper's top-k attack on CAM.
 
@@ -93,7 +92,6 @@ def attack_interpretation(
         norm, clip, restarts, best, generator: as in pgd.
         random_start: start at a random point of the ball, as the paper does.
         start: perturbation to start from instead.
-        network: the model's CamNetwork, if there is one.
 
     Returns:
         InterpretationAttack. Score the images where ``unchanged`` holds, as the paper does.
@@ -115,7 +113,7 @@ def attack_interpretation(
         check_labels(y, len(x), model(x[:1]).shape[1])
     if softplus_beta is None:
         softplus_beta = 10.0 if map == "integrated_gradients" else math.inf
-    how = (model, x, y, map, map_options or {}, network)
+    how = (model, x, y, map, map_options or {})
     with _explaining(*how) as explain:
         maps, logits = explain(x, detach=True)
         predicted = logits.argmax(1)
@@ -190,14 +188,13 @@ def mass_center(maps: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def _explaining(model, x, y, map, options, network, softplus_beta=math.inf) -> Iterator:
+def _explaining(model, x, y, map, options, softplus_beta=math.inf) -> Iterator:
     """Inside, a function z -> (maps of class y, logits), differentiable to z unless ``detach``."""
     with ExitStack() as stack:
         if softplus_beta != math.inf:
             stack.enter_context(softplus_surrogate(model, softplus_beta))
         if map == "cam":
-            network = CamNetwork(model, x) if network is None else network
-            run = stack.enter_context(network.attacked())
+            run = stack.enter_context(CamNetwork(model, x).attacked())
 
             def explain(z, detach=False):
                 with torch.set_grad_enabled(not detach):

@@ -14,7 +14,7 @@ from fastinterp._state import attack_parameters, eval_mode, substituted
 from fastinterp._timing import timed
 from fastinterp.attacks.losses import LOSSES, beaten, loss_function
 from fastinterp.folding import find_attack_form
-from fastinterp.maps import CamNetwork
+from fastinterp.maps import find_cam_network
 from fastinterp.ops.attack_step import attack_step, columns, per_example
 
 
@@ -208,7 +208,6 @@ def pgd(
     best: bool = False,
     early_stop: bool = False,
     generator: torch.Generator | None = None,
-    network: CamNetwork | None = None,
 ) -> torch.Tensor:
     """Projected gradient descent; by default the paper's, the last iterate from x itself.
 
@@ -234,7 +233,6 @@ def pgd(
         early_stop: an image leaves the batch as soon as it is misclassified, and that point is
             returned.
         generator: where random numbers come from; by default torch's global one.
-        network: the model's CamNetwork, if there is one: a foldable head makes each step cheaper.
 
     Returns:
         x', (N, C, H, W), detached.
@@ -257,7 +255,7 @@ def pgd(
     if start is None and random_start:
         start = _random_start(x.detach(), eps, norm, generator)
     goal = y if target is None else target
-    with attacked(model, network) as logits:
+    with attacked(model, x) as logits:
         with torch.no_grad():
             classes = logits(x[:1]).shape[1]
         check_labels(y, len(x), classes)
@@ -304,12 +302,13 @@ class _Logits(nn.Module):
 
 
 @contextmanager
-def attacked(model: nn.Module, network: CamNetwork | None = None) -> Iterator[nn.Module]:
+def attacked(model: nn.Module, x: torch.Tensor | None = None) -> Iterator[nn.Module]:
     """The model as an inner maximisation wants it: evaluation mode, no parameter gradients.
 
     Inside, the module that it gives computes the model's logits, in the form of fastinterp.folding
-    where there is one.
+    where there is one. With images x, (N, C, H, W), a linear head is folded too.
     """
+    network = None if x is None else find_cam_network(model, x)
     form = find_attack_form(model) if network is None else network.form
     if form is not None and form.fits():
         with form.made() as run:

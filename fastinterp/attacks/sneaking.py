@@ -66,7 +66,6 @@ def least_eps(
     steps: int = 10,
     step_share: float = 0.2,
     clip: tuple[float, float] | None = (0.0, 1.0),
-    network: CamNetwork | None = None,
 ) -> LeastEps:
     """The least eps of every image at which sign steps on the margin loss change its class.
 
@@ -83,7 +82,6 @@ def least_eps(
         rounds: of the search; each is an attack of ``steps`` steps from x.
         step_share: size of a step in units of eps.
         clip: bounds of valid images, or None.
-        network: the model's CamNetwork, if there is one: a foldable head makes each step cheaper.
 
     Returns:
         LeastEps.
@@ -96,7 +94,7 @@ def least_eps(
         raise ValueError(f"0 < first <= largest < inf must hold, got {first} and {largest}")
     goal = y if target is None else target
     search = partial(maximise, steps=steps, clip=clip, best=True)
-    with attacked(model, network) as logits:
+    with attacked(model, x) as logits:
         correct = _correct(logits, x, y, target)
 
         def objective(z):
@@ -136,7 +134,6 @@ def attack_sneaking(
     step_share: float = 0.2,
     known: torch.Tensor | None = None,
     clip: tuple[float, float] | None = (0.0, 1.0),
-    network: CamNetwork | None = None,
 ) -> SneakingAttack:
     """Images of the target class, in the eps box, whose CAMs are as near those of x as was found.
 
@@ -160,7 +157,6 @@ def attack_sneaking(
         known: points of the box, (N, C, H, W), as from a smaller eps; those of the target class are
             candidates too.
         clip: bounds of valid images, or None.
-        network: the model's CamNetwork, if there is one.
 
     Returns:
         SneakingAttack.
@@ -180,9 +176,8 @@ def attack_sneaking(
         raise ValueError(
             "eps must be finite; least_eps gives inf where it found none: leave these images out"
         )
-    network = CamNetwork(model, x) if network is None else network
     search = partial(maximise, steps=steps, clip=clip, best=True)
-    with network.attacked() as run:
+    with CamNetwork(model, x).attacked() as run:
         _correct(lambda z: run(z)[2], x, y, target)
         with torch.no_grad():
             features, _, logits = run(x.detach())

@@ -25,7 +25,6 @@ from fastinterp._checks import check_attack, check_images, check_labels
 from fastinterp.attacks.distortions import DISTORTIONS
 from fastinterp.attacks.losses import LOSSES, beaten, loss_function
 from fastinterp.attacks.pgd import attacked, maximise
-from fastinterp.maps import CamNetwork
 
 
 class Calibration(NamedTuple):
@@ -100,7 +99,6 @@ def unforeseen(
     best: bool = True,
     early_stop: bool = False,
     generator: torch.Generator | None = None,
-    network: CamNetwork | None = None,
 ) -> torch.Tensor:
     """Searches a distortion for what the model gets wrong, from a random point of it.
 
@@ -124,7 +122,6 @@ def unforeseen(
             then the one of the largest loss; False keeps the last, as the source does.
         early_stop: an image leaves the batch as soon as it is not classified as y.
         generator: where random numbers come from; by default torch's global one.
-        network: the model's CamNetwork, if there is one: a foldable head makes each step cheaper.
 
     Returns:
         x', (N, C, H, W), in [0,1], detached.
@@ -140,7 +137,7 @@ def unforeseen(
     x = x.detach()
     if len(x) == 0:
         return x.clone()
-    with attacked(model, network) as logits:
+    with attacked(model, x) as logits:
         with torch.no_grad():
             classes = logits(x[:1]).shape[1]
         check_labels(y, len(x), classes)

@@ -103,7 +103,7 @@ def pgd_settings(arguments, radii: list[float]) -> dict:
 
 
 def chosen_attack(arguments) -> tuple[Callable[..., torch.Tensor], dict]:
-    """The function (model, x, y, network, generator, ...) -> x' and its keyword arguments.
+    """The function (model, x, y, generator, ...) -> x' and its keyword arguments.
 
     Raises:
         ImportError: a package that the attack needs is not installed.
@@ -135,7 +135,7 @@ def chosen_attack(arguments) -> tuple[Callable[..., torch.Tensor], dict]:
     return unforeseen, {"kind": name, **given}
 
 
-def _sneak(model, x, y, *, eps, network, generator):
+def _sneak(model, x, y, *, eps, generator):
     with torch.no_grad():
         target = other_classes(y, model(x[:1]).shape[1], generator)
-    return attack_sneaking(model, x, y, target, eps=eps, network=network).x_adv
+    return attack_sneaking(model, x, y, target, eps=eps).x_adv

@@ -11,7 +11,6 @@ from torch import nn
 from fastinterp._state import eval_mode
 from fastinterp.attacks import pgd
 from fastinterp.data import Split
-from fastinterp.maps import find_cam_network
 
 
 def choose_examples(size: int, examples: int, seed: int) -> torch.Tensor:
@@ -69,17 +68,14 @@ def attacked_batches(
     Args:
         model: images in [0,1] -> logits.
         split, index: which images.
-        attack: called as attack(model, x, y, network=..., generator=...) and gives x'; ``network``
-            is the model's CamNetwork or None.
+        attack: called as attack(model, x, y, generator=...) and gives x'.
         batch_size: images attacked at a time.
         seed: of the generator, which draws on the CPU, so that devices agree.
         progress: called with the number of images done after each batch.
     """
-    generator, network = torch.Generator().manual_seed(seed), None
-    for number, (x, y) in enumerate(batches(model, split, index, batch_size)):
-        if number == 0:
-            network = find_cam_network(model, x)
-        yield x, y, attack(model, x, y, network=network, generator=generator)
+    generator = torch.Generator().manual_seed(seed)
+    for x, y in batches(model, split, index, batch_size):
+        yield x, y, attack(model, x, y, generator=generator)
         progress(len(x))
 
 

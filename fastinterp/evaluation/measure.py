@@ -51,7 +51,7 @@ def accuracy_along_steps(
     right = {count: [] for count in steps}
     began = time.perf_counter()
 
-    def attack(model, x, y, network, generator):
+    def attack(model, x, y, generator):
         start = random_start(x, eps, generator=generator) if from_random_point else None
         done = 0
         for count in steps:
@@ -63,7 +63,6 @@ def accuracy_along_steps(
                 step_size=step_size,
                 steps=count - done,
                 start=start,
-                network=network,
             )
             right[count].append(predictions(model, z) == y)
             start, done = z - x, count
@@ -126,8 +125,8 @@ def landscape(
     """
     total = {name: torch.zeros(len(LANDSCAPE)) for name in ("no start", "random start", "signs")}
 
-    def attack(model, x, y, network, generator):
-        settings = dict(eps=eps, steps=steps, step_size=step_size, network=network)
+    def attack(model, x, y, generator):
+        settings = dict(eps=eps, steps=steps, step_size=step_size)
         start = random_start(x, eps, generator=generator)
         ends = {
             "no start": pgd(model, x, y, **settings),

@@ -15,7 +15,7 @@ from fastinterp.data import Split
 from fastinterp.discrepancy import class_weights, map_distance
 from fastinterp.evaluation.accuracy import attacked_batches, batches
 from fastinterp.evaluation.measure import bits
-from fastinterp.maps import CamNetwork, cam
+from fastinterp.maps import cam
 
 
 def aai(
@@ -99,8 +99,6 @@ def isa(
     settings = dict(rounds=rounds, steps=steps, step_share=2 / steps)
     for (x, y), target in zip(batches(model, split, index, batch_size), targets, strict=True):
         target = target.to(y.device)
-        network = CamNetwork(model, x)
-        settings |= dict(network=network)
         search = least_eps(model, x, y, target=target, **settings)
         known, counted = search.x_adv, search.correct & search.eps.isfinite()
         found["eps"].append(torch.where(counted, search.eps, torch.nan))
@@ -156,11 +154,8 @@ def bound(
     """
     found = {"margin": [], "discrepancy": [], "eps": []}
 
-    def attack(model, x, y, network, generator):
-        share = 2.5 / steps
-        search = least_eps(
-            model, x, y, rounds=rounds, steps=steps, step_share=share, network=network
-        )
+    def attack(model, x, y, generator):
+        search = least_eps(model, x, y, rounds=rounds, steps=steps, step_share=2.5 / steps)
         found["eps"].append(search.eps)
         return search.x_adv
 

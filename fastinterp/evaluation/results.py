@@ -118,7 +118,7 @@ class KeptBatches:
         self.attack, self.folder, self.settings, self.say = attack, folder, settings, say
         self._number, self._weights = 0, None
 
-    def __call__(self, model, x, y, *, network, generator) -> torch.Tensor:
+    def __call__(self, model, x, y, *, generator) -> torch.Tensor:
         path = self.folder / f"{self._number:06d}.safetensors"
         self._number += 1
         self._weights = self._weights or model_fingerprint(model)
@@ -128,7 +128,7 @@ class KeptBatches:
         if known is not None:
             generator.set_state(known["generator"])
             return known["images"].to(x)
-        x_adv = self.attack(model, x, y, network=network, generator=generator)
+        x_adv = self.attack(model, x, y, generator=generator)
         tensors = {"images": x_adv.cpu().contiguous(), "generator": generator.get_state()}
         said = {"source": source, "checksum": fingerprint(*tensors.values())}
         self.folder.mkdir(parents=True, exist_ok=True)

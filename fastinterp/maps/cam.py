@@ -121,9 +121,11 @@ class CamNetwork:
 
     @torch.no_grad()
     def _find_form(self, x: torch.Tensor) -> AttackForm | None:
-        with eval_mode(self.model), self._recorded() as run:
-            run(x)
-        return find_attack_form(self.model, x, (self._pool, self.head))
+        def check():
+            with eval_mode(self.model), self._recorded() as run:
+                run(x)
+
+        return find_attack_form(self.model, x, (self._pool, self.head), check)
 
     @contextmanager
     def _recorded(self) -> Iterator:

@@ -3,8 +3,7 @@
 Both kinds have ``clean(x)`` and ``moved(x')``, one pass of the model each, ``maps`` of such a pass,
 ``distance(clean, moved)`` per example, and ``attacked(clean)``: inside, a function z -> (a function
 that gives the distance, logits) in evaluation mode and without parameter gradients. There ``clean``
-is None where the model computes something else in its own mode. ``network`` is the model's
-CamNetwork, or None.
+is None where the model computes something else in its own mode.
 """
 
 from __future__ import annotations
@@ -63,27 +62,29 @@ def surrogate(model, beta):
 class ExplainedByCam:
     """By class activation maps, which are compared without being made."""
 
-    def __init__(self, how, softplus_beta, model, x, y, network: CamNetwork | None):
+    def __init__(self, how, softplus_beta, model, x, y):
         self._how, self._beta, self._x, self._y = how, softplus_beta, x, y
-        self.network = CamNetwork(model, x) if network is None else network
+        self._network = CamNetwork(model, x)
 
     def clean(self, x) -> Explained:
-        return Explained(*self.network(x))
+        return Explained(*self._network(x))
 
     moved = clean
 
     def maps(self, explained: Explained) -> torch.Tensor:
-        return class_maps(explained.compared, self.network.head.weight)
+        return class_maps(explained.compared, self._network.head.weight)
 
     def distance(self, clean: Explained, moved: Explained) -> torch.Tensor:
-        return self._compare(clean.compared, moved.compared, self.network.head.weight, moved.logits)
+        return self._compare(
+            clean.compared, moved.compared, self._network.head.weight, moved.logits
+        )
 
     def _compare(self, clean, features, head, logits):
         return discrepancy(clean, features, head, logits, self._y, **self._how)
 
     @contextmanager
     def attacked(self, clean: Explained | None) -> Iterator:
-        network = self.network
+        network = self._network
         with surrogate(network.model, self._beta), network.attacked() as run:
             with torch.no_grad():
                 if clean is None or self._beta is not None:
@@ -101,12 +102,12 @@ class ExplainedByCam:
 class ExplainedByMaps:
     """By any map: a name but "cam", or a function (model, x, target) -> (maps, logits)."""
 
-    def __init__(self, how, softplus_beta, map, options, model, x, y, network: None):
+    def __init__(self, how, softplus_beta, map, options, model, x, y):
         self._classes, self._norm = how["classes"], {k: how[k] for k in ("norm", "normalize")}
         self._explain = partial(map, **options) if callable(map) else named_map(map, options)
         self._model, self._beta = model, softplus_beta
         self._of_logits = map in _OF_LOGITS
-        self._x, self._y, self.network = x, y, None
+        self._x, self._y = x, y
 
     def clean(self, x, model=None) -> Explained:
         # The predicted class of x', which "two" explains, is not known before x'.
@@ -152,7 +153,7 @@ class ExplainedByMaps:
     @contextmanager
     def _attacked_model(self) -> Iterator:
         if self._of_logits:
-            with attacked(self._model) as model:
+            with attacked(self._model, self._x) as model:
                 yield model
         else:  # which may look for layers by name
             model = self._model

@@ -15,7 +15,6 @@ from fastinterp._checks import check_attack, check_images, check_labels, values_
 from fastinterp._state import depends_on_mode, uncounted
 from fastinterp.attacks import attacked, maximise, random_start
 from fastinterp.discrepancy import CLASSES, NORMALIZE, NORMS
-from fastinterp.maps import CamNetwork
 from fastinterp.maps._call import borrowed
 from fastinterp.regularizers._explained import (
     MAPS,
@@ -143,7 +142,6 @@ class InterpretationRegularizer(nn.Module):
         return_aux: bool = False,
         counts: str = "x",
         validate: bool = True,
-        network: CamNetwork | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Aux]:
         """The regularizer's value on a batch.
 
@@ -162,9 +160,6 @@ class InterpretationRegularizer(nn.Module):
             counts: "x", or "x_adv" where it is the cross-entropy of ``logits_adv`` that is
                 minimised: the pass over x' counts instead.
             validate: check the values of x and y, which on a GPU waits for the device.
-            network: CamNetwork of ``model``, for a loop that knows the model does not change; by
-                default it is made anew at every call: a forward pass of one image and a trace of
-                the model, 20 ms for a ResNet-18.
 
         Returns:
             A scalar, differentiable once to the parameters; with return_aux, (scalar, Aux).
@@ -192,7 +187,7 @@ class InterpretationRegularizer(nn.Module):
         read = nullcontext() if validate else values_unread()
         with read, loan as model, uncounted(model) as counted:
             own = counted if return_aux else nullcontext
-            explained = self._explained(model, x, y, network)
+            explained = self._explained(model, x, y)
 
             def clean_pass():
                 with own() if counts == "x" else nullcontext():
@@ -201,7 +196,7 @@ class InterpretationRegularizer(nn.Module):
             # Of a model that depends on its mode the maximisation uses another clean pass, and this
             # one comes after, as it moves running statistics.
             clean = None if depends_on_mode(model) else clean_pass()
-            with self._attacked(explained, clean, model) as at:
+            with self._attacked(explained, clean, model, x) as at:
                 unchecked = {"y": y, "attack_target": attack_target} if validate else {}
 
                 def raised(z):
@@ -223,13 +218,13 @@ class InterpretationRegularizer(nn.Module):
             return value, Aux(x_adv, clean.logits, moved.logits, *maps)
 
     @contextmanager
-    def _attacked(self, explained, clean, model) -> Iterator:
+    def _attacked(self, explained, clean, model, x) -> Iterator:
         """As ``explained.attacked``, but without explanations where nothing needs them."""
         if self.inner != "ce":
             with explained.attacked(clean) as at:
                 yield at
         else:
-            with surrogate(model, self._beta), attacked(model, explained.network) as logits:
+            with surrogate(model, self._beta), attacked(model, x) as logits:
                 yield lambda z: (None, logits(z))
 
     def _raised(self, distance, logits, y, attack_target):

@@ -1,25 +1,11 @@
-"""The form in which an inner maximisation runs a network: the same function, fewer operations.
-
-An attack wants no gradients of parameters and runs the network in evaluation mode, so that what is
-affine there can be multiplied out once per attack instead of once per step:
-
-    batch norm behind a convolution   s (conv(a) + b - m) + t = (s conv)(a) + s (b - m) + t
-    the head W into what is pooled    W (x + conv(a) + b) = W x + (W conv)(a) + W b
-
-with s = gamma / sqrt(var + eps). With the head folded in, the last convolutions have K output
-channels instead of C and their sum is the class maps themselves, whose mean is the logits. It goes
-up through additions to convolutions, and to anything else as a 1x1 convolution. A max-pool or an
-activation before the global pooling, as in the paper's Pool or in ResNets, is not linear: nothing
-is folded there.
-
-FASTINTERP_FOLD=off (default on) has attacks run the network as it is written.
-"""
+"""A model's forward as one graph with what is affine in it multiplied out."""
 
 from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Iterable, Iterator
+import weakref
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -28,13 +14,13 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.utils import parametrize
 
 from fastinterp._state import attack_parameters
+from fastinterp.folding.parts import CONVOLUTIONS, cast, copied, fold_head, fold_norm
 from fastinterp.fusion import stock_type
 from fastinterp.fusion.layers import FusedConv2d, plain
 from fastinterp.fusion.sites import iadd
 from fastinterp.fusion.tracing import NotTraceable, trace
 from fastinterp.models._layers import SameConv2d
 
-_CONVOLUTIONS = (nn.Conv2d, SameConv2d)
 _BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 _IDLE = (nn.Identity, nn.Dropout, nn.Dropout2d)  # in evaluation mode
 _NOT_OURS = (torch.jit.ScriptModule, fx.GraphModule)
@@ -57,7 +43,7 @@ def enabled() -> bool:
 class AttackForm:
     """A model's forward as one graph, from which what an attack runs is made anew for each attack.
 
-    The model itself, its flags and its parameters are not touched.
+    The model itself, its flags and its parameters are not touched, nor is it kept alive.
 
     Args:
         model: images (N, C, H, W) -> logits (N, K).
@@ -80,7 +66,7 @@ class AttackForm:
     ):
         for module in model.modules():
             _check(module, surrogate=module is model)
-        self._model = model
+        self._model = weakref.ref(model)
         self._names = {module: name for name, module in model.named_modules()}
         with _stock_classes(model):
             self._graph, _ = trace(model, torch.Tensor, False, usual=True, is_leaf=_is_leaf)
@@ -96,13 +82,14 @@ class AttackForm:
         self._norms: dict[fx.Node, str] = {}  # the batch norm behind a convolution
         self._folded: set[fx.Node] = set()  # convolutions that the head is folded into
         self._skips: set[fx.Node] = set()  # 1x1 convolutions that are the head
-        self._head: nn.Linear | None = None
+        self._head = ""
         self._drop_idle()
         self._fold_batch_norms()
         features = self._fold_head(x, *cam) if cam else None
         (output,) = (node for node in self._graph.nodes if node.op == "output")
         output.args = ((features, output.args[0]),)
-        self._run: fx.GraphModule | None = None  # its code is generated once
+        del self._names
+        self._kind: fx.GraphModule | None = None  # without its parts; code is generated once
 
     @property
     def batch_norms(self) -> int:
@@ -114,9 +101,10 @@ class AttackForm:
 
     def fits(self) -> bool:
         """Whether it may stand for the model now: it is enabled, and the model has no hooks."""
+        model = self._model()
         return enabled() and all(
-            plain(module) or (module is self._model and _is_surrogate(module))
-            for module in self._names
+            plain(module) or (module is model and is_surrogate(module))
+            for module in model.modules()
         )
 
     @contextmanager
@@ -127,18 +115,13 @@ class AttackForm:
         or None without ``cam``. A softplus_surrogate of the model holds for the module too.
         """
         parts = self._parts()
-        if self._run is None:
-            self._run = self._module_of(parts)
-        module = self._run
-        for name, part in parts.items():
-            (module._modules if isinstance(part, nn.Module) else module._buffers)[name] = part
-        forward = self._model.__dict__.get("forward")
+        module = _assembled(self._kind or self._module_of(parts), parts)
+        if self._kind is None:
+            self._kind = _assembled(module, {})
+        forward = self._model().__dict__.get("forward")
         if forward is not None:
             module.__dict__["forward"] = forward.surrogate(module.forward)
-        try:
-            yield module
-        finally:
-            module.__dict__.pop("forward", None)
+        yield module
 
     # ---- the graph
 
@@ -147,11 +130,11 @@ class AttackForm:
         name = self._modules.get(node)
         if name is None or node.kwargs or len(node.args) != 1:
             return None
-        return self._model.get_submodule(name)
+        return self._model().get_submodule(name)
 
     def _is_convolution(self, node) -> bool:
         module = self._module(node)
-        return module is not None and stock_type(module) in _CONVOLUTIONS
+        return module is not None and stock_type(module) in CONVOLUTIONS
 
     def _remove(self, node: fx.Node, instead: fx.Node) -> None:
         node.replace_all_uses_with(instead)
@@ -192,13 +175,13 @@ class AttackForm:
                 ShapeProp(self._module_of(self._parts())).propagate(x)
         if not self._pays(features, head):
             return features
-        self._head = head
+        self._head = self._names[head]
         maps = self._times_head(features)
         with self._graph.inserting_after(last):
             bias = None
             if head.bias is not None:
                 bias = self._graph.create_node("get_attr", "tensor_head_bias")
-                self._tensors[bias] = f"{self._names[head]}.bias"
+                self._tensors[bias] = f"{self._head}.bias"
         with self._graph.inserting_after(bias or last):
             logits = self._graph.call_function(_logits, (maps, bias))
         last.replace_all_uses_with(logits)
@@ -254,40 +237,50 @@ class AttackForm:
     @torch.no_grad()
     def _parts(self) -> dict[str, nn.Module | torch.Tensor]:
         """What the graph's nodes name, with the parameters of now."""
-        model = self._model
+        model = self._model()
         tensors = attack_parameters(model)
         device = next(iter(tensors.values())).device.type if tensors else "cpu"
         parts: dict[str, nn.Module | torch.Tensor] = {}
+        head = model.get_submodule(self._head).weight.detach() if self._head else None
         with torch.autocast(device, enabled=False):
             for node, name in self._modules.items():
-                leaf = _copied(model.get_submodule(name), name, tensors)
+                leaf = copied(model.get_submodule(name), name, tensors)
                 if (norm := self._norms.get(node)) is not None:
                     own = {key: tensors.get(f"{norm}.{key}") for key in ("weight", "bias")}
-                    _fold_norm(leaf, model.get_submodule(norm), own)
+                    fold_norm(leaf, model.get_submodule(norm), own)
                 if node in self._folded:
-                    _fold_head(leaf, self._head.weight.detach())
+                    fold_head(leaf, head)
                     # Another kind of convolution would have other second derivatives.
                     kind = nn.Conv2d if type(leaf) is stock_type(leaf) else FusedConv2d
                 parts[node.target] = leaf
             for node in self._skips:
                 skip = kind(1, 1, 1, bias=False, device="meta").eval()
-                skip._parameters["weight"] = self._head.weight.detach()[:, :, None, None]
+                skip._parameters["weight"] = head[:, :, None, None]
                 parts[node.target] = skip
         if torch.is_autocast_enabled(device):
-            _cast(parts.values(), torch.get_autocast_dtype(device))
+            cast(parts.values(), torch.get_autocast_dtype(device))
         buffers = dict(model.named_buffers(remove_duplicate=False))
         for node, name in self._tensors.items():
             parts[node.target] = tensors[name] if name in tensors else buffers[name]
         return parts
 
     def _module_of(self, parts) -> fx.GraphModule:
-        return fx.GraphModule(parts, self._graph, type(self._model).__name__)
+        return fx.GraphModule(parts, self._graph, type(self._model()).__name__)
+
+
+def _assembled(kind: fx.GraphModule, parts: dict[str, nn.Module | torch.Tensor]) -> fx.GraphModule:
+    """The graph module with other parts; attacks within one another each have their own."""
+    module = object.__new__(type(kind))
+    modules = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+    buffers = {name: part for name, part in parts.items() if name not in modules}
+    module.__dict__.update(kind.__dict__, _modules=modules, _buffers=buffers)
+    return module
 
 
 def _check(module: nn.Module, surrogate: bool) -> None:
     """Raises NotTraceable where a module is more than its class's forward."""
     kind = type(module)
-    if not (plain(module) or (surrogate and _is_surrogate(module))):
+    if not (plain(module) or (surrogate and is_surrogate(module))):
         raise NotTraceable(f"a {kind.__name__} has hooks or a forward of its own")
     if isinstance(module, _NOT_OURS) or "_orig_mod" in module._modules:
         raise NotTraceable(f"it holds a {kind.__name__}")
@@ -297,7 +290,7 @@ def _check(module: nn.Module, surrogate: bool) -> None:
         raise NotTraceable(f"a {kind.__name__} is parametrized")
 
 
-def _is_surrogate(module: nn.Module) -> bool:
+def is_surrogate(module: nn.Module) -> bool:
     """Whether nothing but softplus_surrogate stands between a call and the class's forward."""
     forward = module.__dict__.get("forward")
     original = getattr(forward, "without_surrogate", None)
@@ -329,24 +322,6 @@ def _stock_classes(model: nn.Module) -> Iterator[None]:
             module.__class__ = kind
 
 
-def _copied(module: nn.Module, name: str, tensors: dict[str, torch.Tensor]) -> nn.Module:
-    """The same module, buffers shared, in evaluation mode and with other parameters."""
-    copied = object.__new__(type(module))
-    copied.__dict__.update(
-        module.__dict__,
-        training=False,
-        _parameters={
-            key: None if p is None else tensors[f"{name}.{key}"]
-            for key, p in module._parameters.items()
-        },
-        _modules={
-            key: child and _copied(child, f"{name}.{key}", tensors)
-            for key, child in module._modules.items()
-        },
-    )
-    return copied
-
-
 def _shape(node: fx.Node):
     return getattr(node.meta.get("tensor_meta"), "shape", None)
 
@@ -354,51 +329,3 @@ def _shape(node: fx.Node):
 def _logits(maps: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     logits = maps.mean((2, 3))
     return logits if bias is None else logits + bias
-
-
-def _fold_norm(leaf: nn.Module, norm: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """Has a convolution do what the batch norm ``norm`` behind it does."""
-    scale = torch.rsqrt(norm.running_var + norm.eps)
-    if norm.affine:
-        scale = scale * tensors["weight"]
-    shift = -norm.running_mean if leaf.bias is None else leaf.bias - norm.running_mean
-    shift = shift * scale
-    if norm.affine:
-        shift = shift + tensors["bias"]
-    leaf._parameters.update(weight=leaf.weight * scale[:, None, None, None], bias=shift)
-
-
-def _fold_head(leaf: nn.Module, head: torch.Tensor) -> None:
-    """Has a convolution give the head, (K, C), times what it gives, (N, C, h, w)."""
-    weight = leaf.weight
-    last = weight.is_contiguous(memory_format=torch.channels_last)
-    product = (head @ weight.flatten(1)).view(len(head), *weight.shape[1:])
-    # Copied, as contiguous() leaves the strides of a one-channel weight ambiguous.
-    leaf._parameters["weight"] = torch.empty_like(
-        product, memory_format=torch.channels_last if last else torch.contiguous_format
-    ).copy_(product)
-    if leaf.bias is not None:
-        leaf._parameters["bias"] = head @ leaf.bias
-
-
-def _cast(parts: Iterable[nn.Module], dtype: torch.dtype) -> None:
-    """Weights as autocast casts them, once instead of at every step."""
-    for leaf in parts:
-        if stock_type(leaf) in (*_CONVOLUTIONS, nn.Linear):
-            for key, tensor in leaf._parameters.items():
-                if tensor is not None and tensor.dtype == torch.float32:
-                    leaf._parameters[key] = tensor.to(dtype)
-
-
-def find_attack_form(
-    model: nn.Module,
-    x: torch.Tensor | None = None,
-    cam: tuple[nn.Module, nn.Linear] | None = None,
-) -> AttackForm | None:
-    """The model's AttackForm; None where torch.fx cannot trace it or FASTINTERP_FOLD is off."""
-    if not enabled():
-        return None
-    try:
-        return AttackForm(model, x, cam)
-    except NotTraceable:
-        return None
