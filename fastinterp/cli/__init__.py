@@ -52,7 +52,10 @@ def add_common(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument(
-        "--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice"
+        "--threads",
+        type=int,
+        default=0,
+        help="CPU threads; 0: torch's choice, of which train takes as many as are fastest",
     )
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
 

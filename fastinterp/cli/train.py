@@ -130,19 +130,20 @@ def parser(argv: list[str]) -> ArgumentParser:
 def run(arguments) -> int:
     config = TrainConfig(**{option.name: arguments[option.name] for option in OPTIONS})
     config.check()
+    world = World.from_environment()
+    if world.rank > 0:
+        warnings.simplefilter("ignore")  # rank 0 has said it
+    device = set_up_device(_local(arguments.device, world), arguments.threads)
     options = RunOptions(
         checkpoint_seconds=arguments.checkpoint_seconds,
         limit_steps=arguments.limit_steps,
         profile=arguments.profile,
         wandb=arguments.wandb,
         cuda_graph=arguments.cuda_graph,
+        choose_threads=not arguments.threads and device.type == "cpu" and world.size == 1,
     )
     if options.wandb is not None:
         import_wandb()
-    world = World.from_environment()
-    if world.rank > 0:
-        warnings.simplefilter("ignore")  # rank 0 has said it
-    device = set_up_device(_local(arguments.device, world), arguments.threads)
     config.check_world(world.size, device)
     options.check_world(world.size, device)
     data = load_dataset(config.dataset, arguments.data_dir, arguments.download)

@@ -29,6 +29,7 @@ from fastinterp.training.meter import Meter, peak_memory, postfix, profiler
 from fastinterp.training.metrics import MetricsLog
 from fastinterp.training.optimizer import create_optimizer, set_lr
 from fastinterp.training.rng import RNGS
+from fastinterp.training.threads import choose_threads
 from fastinterp.training.update import Batch, GraphedUpdate, Update
 
 LOG_EVERY = 10  # steps
@@ -56,6 +57,8 @@ class RunOptions:
             one was not finite. Such a step is not applied, nor are those after it, and its batch is
             saved, as without a graph; but running statistics and the average of the weights have
             seen the batches after it.
+        choose_threads: try how many CPU threads are fastest, see threads.py, and go on with those
+            when the run is resumed; for a single process on a CPU.
     """
 
     checkpoint_seconds: float = 10.0
@@ -63,6 +66,7 @@ class RunOptions:
     profile: int = 0
     wandb: str | None = None
     cuda_graph: bool = False
+    choose_threads: bool = False
 
     def __post_init__(self):
         for name in ("checkpoint_seconds", "limit_steps", "profile"):
@@ -211,7 +215,15 @@ class Trainer:
             self.ema.load_state_dict(state["ema"])
         self.step, self.order, self.seconds = state["step"], state["order"], state["seconds"]
         self._rng_after_step = state["rng"]
+        if self.options.choose_threads:
+            torch.set_num_threads(min(state["threads"], torch.get_num_threads()))
         return True
+
+    def choose_threads(self) -> None:
+        """Sets the number of threads that a part of a batch is fastest with."""
+        x, y = self.train.batch(slice(self.config.batch_size // self.config.accumulate))
+        x = x.contiguous(memory_format=self._format) if self.config.channels_last else x
+        choose_threads(self.model, x, y, self.config.amp)
 
     def save(self) -> None:
         """Writes a checkpoint of the finished steps, if this is rank 0; waits for nobody.
@@ -232,6 +244,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             # Of the last finished step: one that raised has drawn numbers but can be taken again.
             "rng": self._rng_after_step,
+            "threads": torch.get_num_threads(),
         }
         if self.ema is not None:
             state["ema"] = self.ema.state_dict()
@@ -418,4 +431,5 @@ class Trainer:
             "images_per_second": steps * self.config.batch_size / seconds,
             **share,
             "memory_mb": peak_memory(self.device) / 1e6,
+            "threads": torch.get_num_threads(),
         }

@@ -133,11 +133,14 @@ def execute(
     """
     options, world = options or RunOptions(), world or World()
     trained: list[tuple[str, nn.Module, float]] = []
+    chosen = not options.choose_threads
     with StopRequest().listening() as stop:
         for method in config.methods:
             trainer = Trainer(config, method, data, folder / method, device, options, world)
-            if resume:
-                trainer.resume()
+            chosen = (resume and trainer.resume()) or chosen
+            if not chosen:
+                trainer.choose_threads()
+                chosen = True
             model = trainer.run(stop, quiet)
             trained.append((method, model, trainer.seconds))
             if trainer.ema is not None:

@@ -1,0 +1,64 @@
+"""How many CPU threads a network is trained with."""
+
+from __future__ import annotations
+
+import copy
+import os
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+TRIALS = 5
+WORTH = 0.9  # of the time that all threads take; what gains less may be chance
+
+
+def choose_threads(model: nn.Module, x: torch.Tensor, y: torch.Tensor, amp: str) -> None:
+    """Sets the number of torch's threads with which the model's gradients are fastest.
+
+    Small networks lose by many threads, whose waiting for one another outweighs their work, and by
+    two of them on cores that others use. Tried are all of torch's threads, half of them and so on,
+    on a copy of the model and without moving torch's random numbers. Where OMP_NUM_THREADS is set
+    somebody has chosen already.
+
+    Args:
+        model: on the CPU, images (N, C, H, W) -> logits (N, K).
+        x, y: a batch, int64 (N,) the labels.
+        amp: "off" or "bf16", of TrainConfig.
+    """
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    trial = copy.deepcopy(model)
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp == "bf16"):
+            loss = F.cross_entropy(trial(x), y)
+        loss.backward()
+
+    with torch.random.fork_rng(devices=[]):
+        torch.set_num_threads(fastest(step, torch.get_num_threads()))
+
+
+def fastest(step: Callable[[], None], most: int) -> int:
+    """Of most, most / 2, ..., 1 threads those that ``step`` is fastest with; sets others."""
+    seconds = {}
+    while most:
+        torch.set_num_threads(most)
+        seconds[most] = _seconds(step)
+        most //= 2
+    every = max(seconds)
+    best = min(seconds, key=seconds.get)
+    return best if seconds[best] < WORTH * seconds[every] else every
+
+
+def _seconds(step: Callable[[], None]) -> float:
+    step()
+    taken = []
+    for _ in range(TRIALS):
+        begin = time.perf_counter()
+        step()
+        taken.append(time.perf_counter() - begin)
+    return statistics.median(taken)

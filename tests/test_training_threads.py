@@ -1,0 +1,79 @@
+"""The number of threads that a run chooses, and keeps."""
+
+import time
+
+import pytest
+import torch
+
+from fastinterp.data import load_dataset
+from fastinterp.training import RunOptions, TrainConfig, Trainer, threads
+from fastinterp.training.run import execute, prepare
+
+
+@pytest.fixture(autouse=True)
+def two_threads(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "best"),
+    [({4: 3, 2: 1, 1: 2}, 2), ({4: 1, 2: 2, 1: 3}, 4), ({4: 100, 2: 98, 1: 95}, 4)],
+)
+def test_the_fastest_number_or_all_where_nothing_is_gained(monkeypatch, seconds, best):
+    clock = [0.0]
+    monkeypatch.setattr(threads.time, "perf_counter", lambda: clock[0])
+
+    def step():
+        clock[0] += seconds[torch.get_num_threads()]
+
+    assert threads.fastest(step, 4) == best
+
+
+def config():
+    return TrainConfig(
+        model="small", compare=["normal"], epochs=1, batch_size=10, attack_steps=1, eps=0.1,
+        eval_examples=10, eval_steps=1,
+    )  # fmt: skip
+
+
+def test_a_run_chooses_once_without_a_trace_and_keeps_it_when_it_is_resumed(tmp_path, monkeypatch):
+    data, tried = load_dataset("digits"), []
+
+    def fastest(step, most):
+        step()
+        tried.append(most)
+        return 1
+
+    monkeypatch.setattr(threads, "fastest", fastest)
+
+    def run(folder, options, resume=False):
+        torch.set_num_threads(2)
+        prepare(tmp_path / folder, config(), resume)
+        results = execute(
+            *(tmp_path / folder, config(), data, torch.device("cpu")),
+            resume=resume,
+            quiet=True,
+            options=options,
+        )
+        return [{k: v for k, v in row.items() if k != "train_seconds"} for row in results]
+
+    run("chosen", RunOptions(choose_threads=True, limit_steps=3))
+    assert tried == [2] and torch.get_num_threads() == 1
+    whole = RunOptions(choose_threads=True, limit_steps=6)
+    resumed = run("chosen", whole, resume=True)
+    assert tried == [2] and torch.get_num_threads() == 1
+    assert resumed == run("again", whole) and tried == [2, 2]
+
+
+def test_who_sets_omp_num_threads_has_chosen(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    monkeypatch.setattr(threads, "fastest", lambda step, most: time.sleep(1e9))
+    options = RunOptions(choose_threads=True)
+    Trainer(
+        config(), "normal", load_dataset("digits"), tmp_path, torch.device("cpu"), options
+    ).choose_threads()
+    assert torch.get_num_threads() == 2
