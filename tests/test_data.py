@@ -386,4 +386,4 @@ def test_batch(device, dtype):
 def test_unknown_name():
     with pytest.raises(ValueError, match="'mnits'; there are: digits, mnist, cifar10, restricted"):
         load_dataset("mnits")
-    assert DATASETS == ("digits", "mnist", "cifar10", "restricted-imagenet")
+    assert DATASETS == ("digits", "mnist", "cifar10", "restricted-imagenet", "folder")

@@ -122,7 +122,7 @@ def load_networks(
     """The networks with names of their own, short ones where the files' names allow it."""
     networks = []
     for name, each in zip(_short_names(weights), weights, strict=True):
-        network = create_model(model, data.test.images.shape[1], data.num_classes)
+        network = create_model(model, data.test.image_shape[0], data.num_classes)
         load_weights(network, each.path)
         networks.append(Network(name, str(each.path), network.to(device).eval()))
     return networks

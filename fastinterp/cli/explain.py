@@ -81,7 +81,7 @@ def run(arguments) -> int:
 def _images(arguments, data: Dataset, files: list[Path]) -> tuple[Split, list[str]]:
     """The images with a name for each; files get the label 0, which is not used."""
     if files:
-        images = read_pictures(files, tuple(data.test.images.shape[1:]))
+        images = read_pictures(files, data.test.image_shape)
         names = [file.stem for file in files]
         if len(set(names)) < len(names):
             names = [f"{i}-{name}" for i, name in enumerate(names)]
@@ -94,7 +94,7 @@ def _images(arguments, data: Dataset, files: list[Path]) -> tuple[Split, list[st
             f"--index must lie in 0 .. {len(data.test) - 1}, got "
             f"{' '.join(map(str, arguments.index))}"
         )
-    split = Split(data.test.images[index], data.test.labels[index])
+    split = Split(data.test.pixels(index), data.test.labels[index])
     return split, [f"test-{i}" for i in index.tolist()]
 
 

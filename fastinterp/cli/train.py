@@ -95,6 +95,13 @@ def parser(argv: list[str]) -> ArgumentParser:
         "--limit-steps", type=int, default=0, help="end every method after so many steps; 0: do not"
     )
     train.add_argument(
+        "--workers",
+        type=int | None,
+        default=None,
+        help="read the images of restricted-imagenet or folder from disk in so many processes "
+        "(default: hold them in memory where they fit half of it, else one per core)",
+    )
+    train.add_argument(
         "--profile", type=int, default=0, help="write a Chrome trace of so many steps, trace.json"
     )
     train.add_argument(
@@ -146,7 +153,7 @@ def run(arguments) -> int:
         import_wandb()
     config.check_world(world.size, device)
     options.check_world(world.size, device)
-    data = load_dataset(config.dataset, arguments.data_dir, arguments.download)
+    data = load_dataset(config.dataset, arguments.data_dir, arguments.download, arguments.workers)
     config.check(data)
     with world.connected(device):
         folder, resume = world.from_first(_folder(arguments, config, world))
@@ -163,8 +170,12 @@ def run(arguments) -> int:
             )
         except Interrupted as stopped:
             if world.rank == 0:
-                data_dir = f" --data-dir {arguments.data_dir}" if arguments.data_dir else ""
-                print(f"{stopped}; go on with: fastinterp train --resume {folder}{data_dir}")
+                same = [
+                    f" --{name} {arguments[name.replace('-', '_')]}"
+                    for name in ("data-dir", "workers")
+                    if arguments[name.replace("-", "_")]
+                ]
+                print(f"{stopped}; go on with: fastinterp train --resume {folder}{''.join(same)}")
             return 130
     if world.rank == 0:
         examples = results[0]["examples"]

@@ -1,79 +1,39 @@
-"""Whole data sets as uint8 tensors, in the splits that the released networks were trained on.
+"""Labelled images, in the splits that the released networks were trained on.
 
     >>> from fastinterp.data import load_dataset
     >>> mnist = load_dataset("mnist", data_dir="data")
     >>> images, labels = mnist.train.batch(slice(0, 50))  # float32 (50, 1, 28, 28), int64 (50,)
 
-The sets are small enough to be held whole, so there is no loader and there are no workers: a batch
-is one indexing operation, on whichever device the tensors of the split are.
+What fits is held whole, as uint8: there a batch is one indexing operation, on whichever device the
+tensors of the split are. Folders of images that do not fit are read from disk by worker processes.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from . import cifar10, digits, mnist, restricted_imagenet
+from . import cifar10, digits, folders, mnist, restricted_imagenet
 from ._files import DataError, resolve_data_dir
 from .augment import Augmentation
+from .disk import DataWorkerDied, DiskSplit, open_splits
+from .split import LabelledImages, Split
 
-__all__ = ["DATASETS", "Augmentation", "DataError", "Dataset", "Split", "load_dataset"]
+__all__ = [
+    "DATASETS",
+    "Augmentation",
+    "DataError",
+    "DataWorkerDied",
+    "Dataset",
+    "DiskSplit",
+    "LabelledImages",
+    "Split",
+    "load_dataset",
+]
 
-_MODULES = {
-    "digits": digits,
-    "mnist": mnist,
-    "cifar10": cifar10,
-    "restricted-imagenet": restricted_imagenet,
-}
-DATASETS = tuple(_MODULES)
-
-
-@dataclass(frozen=True, eq=False)
-class Split:
-    """Images with their labels.
-
-    Attributes:
-        images: uint8 (N, C, H, W), contiguous, 0..255.
-        labels: int64 (N,), class indices.
-    """
-
-    images: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def to(self, device: torch.device | str) -> Split:
-        """The same split with its tensors on ``device``."""
-        return Split(self.images.to(device), self.labels.to(device))
-
-    def batch(
-        self, index: Tensor | slice, dtype: torch.dtype = torch.float32
-    ) -> tuple[Tensor, Tensor]:
-        """The images and labels at `index`.
-
-        Args:
-            index: int64 (B,) or a slice.
-            dtype: floating-point type of the images.
-
-        Returns:
-            images: `dtype` (B, C, H, W) in [0, 1], each the correctly rounded quotient by 255.
-            labels: int64 (B,).
-        """
-        images = self.images[index].to(dtype)
-        # On a GPU, torch divides by a Python number by multiplying with its reciprocal, which is
-        # off by one unit in the last place for half of the values; by a tensor it divides.
-        scale = torch.full((), 255, dtype=dtype, device=images.device)
-        return images / scale, self.labels[index]
-
-    def batches(self, indices: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batch of every int64 (B,) of `indices`, one after the other."""
-        for index in indices:
-            yield self.batch(index.to(self.images.device))
+_WHOLE = {"digits": digits, "mnist": mnist, "cifar10": cifar10}
+_FOLDERS = {"restricted-imagenet": restricted_imagenet, "folder": folders}
+DATASETS = (*_WHOLE, *_FOLDERS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,37 +50,53 @@ class Dataset:
     name: str
     num_classes: int
     classes: tuple[str, ...]
-    train: Split
-    validation: Split
-    test: Split
+    train: LabelledImages
+    validation: LabelledImages
+    test: LabelledImages
 
 
 def load_dataset(
-    name: str, data_dir: str | os.PathLike[str] | None = None, download: bool = False
+    name: str,
+    data_dir: str | os.PathLike[str] | None = None,
+    download: bool = False,
+    workers: int | None = None,
 ) -> Dataset:
-    """Load a data set into memory; MNIST's and CIFAR-10's files are checked against their md5.
+    """Load a data set; MNIST's and CIFAR-10's files are checked against their md5.
 
     Args:
         name: "digits" (28x28 grey, ships with scikit-learn), "mnist" (28x28 grey), "cifar10"
-            (32x32 RGB) or "restricted-imagenet" (224x224 RGB, nine super classes).
+            (32x32 RGB), "restricted-imagenet" (224x224 RGB, nine super classes) or "folder"
+            (224x224 RGB, folders `train/` and `val/` with one folder per class).
         data_dir: folder of the files, or of a folder of the set's name with them. Default:
             `$FASTINTERP_DATA`, else `fastinterp/data` in `$XDG_CACHE_HOME` or `~/.cache`.
         download: download missing files into `data_dir` with torchvision.
+        workers: of the last two, read the images from disk in so many processes, at least 1.
+            Default: hold them in memory where all fit half of it, else a process per core.
 
     Returns:
         `Dataset`. For "mnist" and "cifar10" the first 5,000 training images are its validation
         split, the others its train split; its test split is the official one.
 
     Raises:
-        ValueError: `name` is not one of `DATASETS`.
+        ValueError: `name` is not one of `DATASETS`, or `workers` is below 1 or not for this set.
         FileNotFoundError: a file is missing; the message lists the files and the folders.
-        DataError: a file is damaged, truncated or of another format (a `ValueError`).
+        DataError: a file is damaged, truncated or of another format (a `ValueError`), or training
+            and test images are of other classes.
         ImportError, RuntimeError: the download could not start, or failed.
-        MemoryError: the set does not fit.
     """
-    if name not in _MODULES:
+    if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}; there are: {', '.join(DATASETS)}")
-    module = _MODULES[name]
-    splits = module.load(resolve_data_dir(data_dir), download)
-    train, validation, test = (Split(images, labels) for images, labels in splits)
-    return Dataset(name, len(module.CLASSES), module.CLASSES, train, validation, test)
+    if workers is not None and name in _WHOLE:
+        raise ValueError(f"workers must be left out with {name}, which is held in memory whole")
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
+    folder = resolve_data_dir(data_dir)
+    if name in _WHOLE:
+        module = _WHOLE[name]
+        classes = module.CLASSES
+        splits = [Split(*part) for part in module.load(folder, download)]
+    else:
+        found = _FOLDERS[name].find(folder, download)
+        classes = found.classes
+        splits = open_splits((found.train, found.validation, found.test), workers)
+    return Dataset(name, len(classes), classes, *splits)

@@ -12,6 +12,8 @@ from PIL import Image
 from ._files import DataError
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".webp")
+# What Pillow's readers raise where a file is damaged.
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 def find_pictures(paths: Sequence[str | Path]) -> list[Path]:
@@ -53,7 +55,7 @@ def read_pictures(files: Sequence[Path], shape: tuple[int, int, int]) -> torch.T
         try:
             with Image.open(file) as picture:
                 pixels = np.array(picture.convert("L" if channels == 1 else "RGB"))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except UNREADABLE as error:
             raise DataError(f"{file} is damaged or no image: {error}") from error
         if pixels.shape[:2] != (height, width):
             raise DataError(

@@ -10,7 +10,7 @@ from torch import nn
 
 from fastinterp._state import eval_mode
 from fastinterp.attacks import pgd
-from fastinterp.data import Split
+from fastinterp.data import LabelledImages
 
 
 def choose_examples(size: int, examples: int, seed: int) -> torch.Tensor:
@@ -44,18 +44,17 @@ def accuracy(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
 
 
 def batches(
-    model: nn.Module, split: Split, index: torch.Tensor, batch_size: int
+    model: nn.Module, split: LabelledImages, index: torch.Tensor, batch_size: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Images in [0,1] and labels at ``index``, on the model's device, ``batch_size`` at a time."""
     device = next(model.parameters()).device
-    for part in index.split(batch_size):
-        x, y = split.batch(part)
+    for x, y in split.batches(index.split(batch_size)):
         yield x.to(device), y.to(device)
 
 
 def attacked_batches(
     model: nn.Module,
-    split: Split,
+    split: LabelledImages,
     index: torch.Tensor,
     attack: Callable[..., torch.Tensor],
     *,
@@ -81,7 +80,7 @@ def attacked_batches(
 
 def evaluate_pgd(
     model: nn.Module,
-    split: Split,
+    split: LabelledImages,
     index: torch.Tensor,
     *,
     eps: list[float],

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from fastinterp._state import eval_mode
 from fastinterp.attacks import pgd, random_start
-from fastinterp.data import Split
+from fastinterp.data import LabelledImages
 from fastinterp.evaluation.accuracy import attacked_batches, batches, predictions
 
 LANDSCAPE = tuple(k / 20 for k in range(21))  # points between x and x'
@@ -25,7 +25,7 @@ def bits(mask: torch.Tensor) -> str:
     return "".join("1" if value else "0" for value in mask.tolist())
 
 
-def clean(model: nn.Module, split: Split, index: torch.Tensor, batch_size: int) -> dict:
+def clean(model: nn.Module, split: LabelledImages, index: torch.Tensor, batch_size: int) -> dict:
     """Which images are classified right."""
     right = [predictions(model, x) == y for x, y in batches(model, split, index, batch_size)]
     return {"correct": bits(torch.cat(right))}
@@ -33,7 +33,7 @@ def clean(model: nn.Module, split: Split, index: torch.Tensor, batch_size: int) 
 
 def accuracy_along_steps(
     model: nn.Module,
-    split: Split,
+    split: LabelledImages,
     index: torch.Tensor,
     *,
     eps: float,
@@ -79,7 +79,7 @@ def accuracy_along_steps(
 def accuracy_under(
     attack: Callable[..., torch.Tensor],
     model: nn.Module,
-    split: Split,
+    split: LabelledImages,
     index: torch.Tensor,
     *,
     others: tuple[nn.Module, ...] = (),
@@ -108,7 +108,7 @@ def accuracy_under(
 
 def landscape(
     model: nn.Module,
-    split: Split,
+    split: LabelledImages,
     index: torch.Tensor,
     *,
     eps: float,

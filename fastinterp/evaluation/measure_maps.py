@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from fastinterp import metrics
 from fastinterp._state import eval_mode
 from fastinterp.attacks import attack_interpretation, attack_sneaking, least_eps, released_draws
-from fastinterp.data import Split
+from fastinterp.data import LabelledImages
 from fastinterp.discrepancy import class_weights, map_distance
 from fastinterp.evaluation.accuracy import attacked_batches, batches
 from fastinterp.evaluation.measure import bits
@@ -20,7 +20,7 @@ from fastinterp.maps import cam
 
 def aai(
     model: nn.Module,
-    split: Split,
+    split: LabelledImages,
     index: torch.Tensor,
     *,
     eps: float,
@@ -43,7 +43,7 @@ def aai(
     """
     found = {"same": [], "tau": [], "spearman": [], "top_k": [], "cosine": []}
     began = time.perf_counter()
-    image = split.images.shape[1:]
+    image = split.image_shape
     starts = released_draws(len(split), len(index), image, _classes(model, split), seed).start(eps)
     for (x, y), start in zip(
         batches(model, split, index, batch_size), starts.split(batch_size), strict=True
@@ -62,7 +62,7 @@ def aai(
     return {"same": same, **numbers, "seconds": time.perf_counter() - began}
 
 
-def _classes(model: nn.Module, split: Split) -> int:
+def _classes(model: nn.Module, split: LabelledImages) -> int:
     x, _ = next(batches(model, split, torch.arange(1), 1))
     with torch.no_grad(), eval_mode(model):
         return model(x).shape[1]
@@ -70,7 +70,7 @@ def _classes(model: nn.Module, split: Split) -> int:
 
 def isa(
     model: nn.Module,
-    split: Split,
+    split: LabelledImages,
     index: torch.Tensor,
     *,
     classes: str,
@@ -94,7 +94,7 @@ def isa(
     """
     found = {"eps": [], **{ratio: [] for ratio in ratios}}
     count, began = _classes(model, split), time.perf_counter()
-    draws = released_draws(len(split), len(index), split.images.shape[1:], count, seed)
+    draws = released_draws(len(split), len(index), split.image_shape, count, seed)
     targets = draws.target(split.labels[index], count).split(batch_size)
     settings = dict(rounds=rounds, steps=steps, step_share=2 / steps)
     for (x, y), target in zip(batches(model, split, index, batch_size), targets, strict=True):
@@ -133,7 +133,7 @@ def _maps(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 def bound(
     model: nn.Module,
-    split: Split,
+    split: LabelledImages,
     index: torch.Tensor,
     *,
     rounds: int,

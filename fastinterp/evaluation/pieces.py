@@ -15,7 +15,7 @@ from fastinterp.data import Dataset
 from fastinterp.evaluation import measure, measure_maps
 from fastinterp.evaluation.accuracy import choose_examples
 from fastinterp.evaluation.protocol import Protocol
-from fastinterp.evaluation.results import Results, fingerprint, model_fingerprint
+from fastinterp.evaluation.results import Results, images_fingerprint, model_fingerprint
 from fastinterp.maps import find_cam_network
 
 UNBOUNDED = 1.0  # eps at which an image may become any other
@@ -87,7 +87,7 @@ def plan(
     index = choose_examples(len(split), protocol.examples, protocol.seed)
     few = index[: protocol.sanity_examples or None]
     chosen = {
-        "images": fingerprint(split.images[index], split.labels[index]),
+        "images": images_fingerprint(split, index),
         "examples": len(index),
     }
     context = dict(batch_size=batch_size)
@@ -109,15 +109,16 @@ def plan(
         attack = partial(attack, **settings)
         return measure.accuracy_under(attack, network.model, split, where, others=others, **seeded)
 
+    every = torch.arange(len(split))
+    all_images = images_fingerprint(split, every)
     for network in networks:
-        every = torch.arange(len(split))
         yield Piece(
             network.name,
             "clean",
             None,
             {
                 "weights": weights[network.name],
-                "images": fingerprint(split.images, split.labels),
+                "images": all_images,
                 "examples": len(split),
             },
             partial(measure.clean, network.model, split, every, batch_size),

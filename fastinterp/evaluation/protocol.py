@@ -32,11 +32,13 @@ _RADII = {
     "restricted-imagenet": ((0.001, 0.002, 0.003, 0.004), 0.003, (0.001, 0.002, 0.003)),
 }
 _RADII["digits"] = _RADII["mnist"]
+_RADII["folder"] = _RADII["restricted-imagenet"]
 # Sizes of the unforeseen attacks: the paper's for CIFAR-10, which did without elastic, and middling
 # calibrated ones for ImageNet. None are published for grey digits, which get those of CIFAR-10.
 _CIFAR10 = dict(jpeg_linf=0.25, jpeg_l2=8.0, jpeg_l1=256.0, elastic=1.0)
 _CIFAR10 |= dict(fog=2048.0, snow=2.0, gabor=400.0)
 _IMAGENET = {kind: float(sizes["imagenet100"].eps[3]) for kind, sizes in CALIBRATED.items()}
+_UNFORESEEN = {"restricted-imagenet": _IMAGENET, "folder": _IMAGENET}
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ def protocol(name: str, dataset: str) -> Protocol:
             examples=0,
             losses=tuple(LOSSES),
             autoattack="standard",
-            unforeseen=tuple((_IMAGENET if "imagenet" in dataset else _CIFAR10).items()),
+            unforeseen=tuple(_UNFORESEEN.get(dataset, _CIFAR10).items()),
             aai_eps=(),
             isa_classes=(),
             bound_examples=0,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -14,15 +14,37 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fastinterp._files import write_atomically
+from fastinterp.data import LabelledImages
+
+AT_ONCE = 1_000  # images
 
 
 def fingerprint(*tensors: torch.Tensor) -> str:
     """SHA-256 of the values, types and shapes of tensors, in hex."""
     digest = hashlib.sha256()
     for tensor in tensors:
-        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(_head(tensor.dtype, tensor.shape))
+        digest.update(_bytes(tensor))
     return digest.hexdigest()
+
+
+def images_fingerprint(split: LabelledImages, index: torch.Tensor) -> str:
+    """That of uint8 images (B, C, H, W) and labels (B,) at ``index``, never held at once."""
+    labels = split.labels[index]
+    digest = hashlib.sha256(_head(torch.uint8, (len(index), *split.image_shape)))
+    for part in index.split(AT_ONCE):
+        digest.update(_bytes(split.pixels(part)))
+    digest.update(_head(labels.dtype, labels.shape))
+    digest.update(_bytes(labels))
+    return digest.hexdigest()
+
+
+def _head(dtype: torch.dtype, shape: Sequence[int]) -> bytes:
+    return f"{dtype} {tuple(shape)}".encode()
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().numpy().tobytes()
 
 
 def model_fingerprint(model: nn.Module) -> str:

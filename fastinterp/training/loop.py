@@ -6,7 +6,7 @@ import contextlib
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from fastinterp._files import write_atomically
-from fastinterp.data import Dataset
+from fastinterp.data import DataError, Dataset, DataWorkerDied
 from fastinterp.fusion import fuse
 from fastinterp.models import create_model
 from fastinterp.objectives import METHODS, Objective
@@ -134,7 +134,8 @@ class Trainer:
     Args:
         config: checked.
         method: one of METHODS.
-        data: training images stay on the CPU or are moved whole to ``device``.
+        data: its training images are moved whole to ``device``, or batch by batch where they are
+            read from disk.
         folder: of this method in the run; an unfinished run there is continued.
         device: where to train.
         options: how to run.
@@ -162,7 +163,7 @@ class Trainer:
         self.train = data.train.to(device)
         self._augmentation = config.augmentation
         self.rng = RNGS[config.rng](config.seed)
-        channels = data.train.images.shape[1]
+        channels = data.train.image_shape[0]
         self.model = self.rng.create(lambda: create_model(config.model, channels, data.num_classes))
         self.model.to(device)
         self._format = torch.channels_last if config.channels_last else torch.preserve_format
@@ -197,7 +198,7 @@ class Trainer:
         self.step = 0
         self.seconds = 0.0  # spent training, interruptions left out
         self.order: torch.Tensor | None = None
-        self._batches: Iterator | None = None
+        self._batches: Generator | None = None
         self._rng_after_step = self.rng.state_dict()
         self._updating = False
         self._began = time.perf_counter()
@@ -260,6 +261,8 @@ class Trainer:
         Raises:
             Interrupted: ``stop`` was requested in any process; the last step is saved.
             TrainingDiverged: a loss or gradient is not finite; the batch is saved.
+            DataError, DataWorkerDied: an image could not be read, or a process that reads them was
+                killed.
             RankFailed: in a job of several processes, any other exception.
         """
         first = self.world.rank == 0
@@ -288,14 +291,20 @@ class Trainer:
             except BaseException as error:
                 if not self._updating:  # else the weights are between two steps
                     self.save()
-                if self.world.size == 1 or not isinstance(error, Exception):
-                    raise
-                raise RankFailed(
-                    f"process {self.world.rank} of {self.world.size} stopped after step "
-                    f"{self.step} of {self.method}: {error}. If it lost a connection, another "
-                    "process has died. Finished steps are saved; go on with --resume "
-                    f"{self.folder.parent}"
-                ) from error
+                go_on = f"Finished steps are saved; go on with --resume {self.folder.parent}"
+                if self.world.size > 1 and isinstance(error, Exception):
+                    raise RankFailed(
+                        f"process {self.world.rank} of {self.world.size} stopped after step "
+                        f"{self.step} of {self.method}: {error}. If it lost a connection, another "
+                        f"process has died. {go_on}"
+                    ) from error
+                if isinstance(error, (DataError, DataWorkerDied)):
+                    raise type(error)(f"{error}. {go_on}") from error
+                raise
+            finally:
+                if self._batches is not None:
+                    self._batches.close()
+                    self._batches = None
             self.save()
         self.seconds += time.perf_counter() - self._began
         if self.step < self.last_step:

@@ -1,0 +1,202 @@
+"""Images that are read from disk while they are used, by worker processes ahead of their use."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ._files import DataError
+from .image_files import SHAPE, ImageFiles
+from .split import Batches, LabelledImages, Split, scaled
+
+# Images that a worker decodes at a time: few, so that all of them work on a batch that is waited
+# for, and little memory is held for batches to come.
+PART = 32
+
+
+class DataWorkerDied(RuntimeError):
+    """A process that reads images has ended before its work."""
+
+
+def open_splits(parts: Sequence[ImageFiles], workers: int | None) -> list[LabelledImages]:
+    """The images of each of ``parts``, in memory or read from disk.
+
+    Args:
+        parts: where they lie.
+        workers: read from disk in so many processes; None: hold them in memory when all fit half
+            of it, else a process per core.
+
+    Raises:
+        DataError: they are held in memory and one cannot be decoded.
+    """
+    if workers is None and _fit_memory(sum(map(len, parts))):
+        return [Split(files.decode(_cores()), files.labels) for files in parts]
+    return [DiskSplit(files, files.labels, workers or _cores()) for files in parts]
+
+
+@dataclass(frozen=True, eq=False)
+class DiskSplit(LabelledImages):
+    """Images that stay on disk; a batch is decoded when it is asked for, or ahead by `batches`.
+
+    Attributes:
+        files: where the images are.
+        labels: int64 (N,), class indices, on the device that batches are wanted on.
+        workers: processes that decode for `batches`, and threads for a single batch, at least 1.
+    """
+
+    files: ImageFiles
+    labels: Tensor
+    workers: int
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return SHAPE
+
+    def to(self, device: torch.device | str) -> DiskSplit:
+        return replace(self, labels=self.labels.to(device))
+
+    def pixels(self, index: Tensor | slice) -> Tensor:
+        chosen = index if isinstance(index, slice) else index.cpu().numpy()
+        return self.files[chosen].decode(self.workers).to(self.labels.device)
+
+    def batches(self, indices: Iterable[Tensor]) -> Batches:
+        """The batch of every int64 (B,) of `indices`, in their order, whatever `workers` is.
+
+        On a GPU a batch is copied while the one before it is used. The processes live until the
+        iterator is at its end, closed or dropped.
+
+        Raises:
+            DataError: an image cannot be decoded; the message names it.
+            DataWorkerDied: a worker was killed.
+        """
+        device = self.labels.device
+        indices = [index.cpu() for index in indices]
+        parts = [part.numpy() for index in indices for part in index.split(PART)]
+        with closing(self._decoded(parts)) as decoded:
+            images = (_joined(decoded, len(index), device) for index in indices)
+            if device.type == "cuda":
+                images = _copied_ahead(images, device)
+            for index, batch in zip(indices, images, strict=True):
+                yield scaled(batch, torch.float32), self.labels[index.to(device)]
+
+    def _decoded(self, parts: list[np.ndarray]) -> Generator[Tensor, None, None]:
+        """The pixels of each part, decoded by the workers."""
+        loader = DataLoader(
+            _Parts(self.files),
+            batch_size=None,
+            sampler=parts,
+            num_workers=max(1, min(self.workers, len(parts))),
+            pin_memory=self.labels.is_cuda,
+            worker_init_fn=_set_up_worker,
+            generator=torch.Generator(),  # leaves torch's own as it is
+        )
+        with _sigchld_kept():
+            iterator = iter(loader)
+        try:
+            for _ in parts:
+                try:
+                    part = next(iterator)
+                except Exception as error:
+                    # What is noticed first when one was killed: that it is gone, or its images.
+                    raise DataWorkerDied(
+                        "a data worker, a process that reads images, has died "
+                        f"({type(error).__name__}: {str(error).strip()}). Often memory ran out, or "
+                        "/dev/shm is full: use fewer of them (--workers or workers=, now "
+                        f"{self.workers})"
+                    ) from error
+                if isinstance(part, DataError):
+                    raise part
+                yield part
+        finally:
+            # Not left to when it is collected: a traceback may hold it for long.
+            iterator._shutdown_workers()
+
+
+class _Parts(Dataset):
+    """Decodes parts of a split in a worker."""
+
+    def __init__(self, files: ImageFiles):
+        self.files = files
+
+    def __getitem__(self, index: np.ndarray) -> Tensor | DataError:
+        # An exception that is raised gets the worker's traceback for its message.
+        try:
+            return self.files[index].decode()
+        except DataError as error:
+            return error
+
+
+def _set_up_worker(number: int) -> None:
+    # Ctrl-C reaches every process of the terminal: whoever iterates decides what it means. torch
+    # has set one thread by now.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextmanager
+def _sigchld_kept() -> Iterator[None]:
+    """Leaves SIGCHLD as it was: DataLoader's handler raises in the midst of whatever runs then.
+
+    A worker that died is noticed all the same, within seconds, when its images are asked for.
+    """
+    kept = threading.current_thread() is threading.main_thread()
+    previous = signal.getsignal(signal.SIGCHLD) if kept else None
+    try:
+        yield
+    finally:
+        if previous is not None:
+            signal.signal(signal.SIGCHLD, previous)
+
+
+def _joined(parts: Iterator[Tensor], size: int, device: torch.device) -> Tensor:
+    """The next ``size`` images of ``parts``, uint8 (size, C, H, W) on ``device``."""
+    batch = torch.empty(size, *SHAPE, dtype=torch.uint8, device=device)
+    filled = 0
+    while filled < size:
+        part = next(parts)
+        batch[filled : filled + len(part)].copy_(part, non_blocking=True)
+        filled += len(part)
+    return batch
+
+
+def _copied_ahead(batches: Iterator[Tensor], device: torch.device) -> Iterator[Tensor]:
+    """The same, each made on a stream of its own before the one ahead of it is handed out."""
+    side = torch.cuda.Stream(device)
+
+    def ahead() -> tuple[Tensor | None, torch.cuda.Event]:
+        with torch.cuda.stream(side):
+            return next(batches, None), side.record_event()
+
+    batch, copied = ahead()
+    while batch is not None:
+        following = ahead()
+        stream = torch.cuda.current_stream(device)
+        stream.wait_event(copied)
+        # Its memory is the side stream's, which may fill it anew only after this one has read it.
+        batch.record_stream(stream)
+        yield batch
+        batch, copied = following
+
+
+def _processes() -> int:
+    """Of this job on this machine, as torchrun tells."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def _cores() -> int:
+    """Of this process's share of the machine."""
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, here // _processes())
+
+
+def _fit_memory(images: int) -> bool:
+    needed = images * SHAPE[0] * SHAPE[1] * SHAPE[2] * _processes()
+    return needed <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2

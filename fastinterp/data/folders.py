@@ -1,0 +1,121 @@
+"""Anybody's images: train/ and val/, each with one folder per class."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from ._files import DataError
+from .image_files import Entry, Found, ImageFiles
+from .pictures import SUFFIXES
+
+PLACES = ("", "folder")
+VALIDATION_SIZE = 5_000  # at most, and a tenth of the training images at most
+NAMED = 5  # classes in a message
+
+
+def find(data_dir: Path, download: bool) -> Found:
+    """The classes and images of a folder with ``train/`` and ``val/``.
+
+    Each has one folder per class, as torchvision's ImageFolder wants them; classes are numbered in
+    the order of their names, images are found below them at any depth. The test split is ``val/``,
+    validation is every tenth (or rarer, 5,000 in all) of the training images.
+
+    Args:
+        data_dir: that folder, or one with it under the name ``folder``.
+        download: not possible.
+
+    Raises:
+        FileNotFoundError: there are no such folders, or a class has no images.
+        DataError: ``train/`` and ``val/`` have other classes.
+    """
+    root = next((data_dir / place for place in PLACES if has_parts(data_dir / place)), None)
+    if root is None:
+        raise FileNotFoundError(
+            f"{data_dir} has no folders train/ and val/ of images, one folder in them per class: "
+            "name the folder that has (--data-dir or data_dir=, or the environment variable "
+            f"FASTINTERP_DATA).{' It cannot be downloaded.' if download else ''}"
+        )
+    train, val = root / "train", root / "val"
+    classes = class_names(train)
+    _require_same(classes, class_names(val), root)
+    labels = {name: label for label, name in enumerate(classes)}
+    parts = [class_files(part, labels) for part in (train, val)]
+    for part in parts:
+        counts = part.labels.bincount(minlength=len(classes))
+        empty = [name for name, count in zip(classes, counts.tolist(), strict=True) if not count]
+        if empty:
+            raise FileNotFoundError(
+                f"{part.root} has no images ({', '.join(SUFFIXES)}) of {_some(empty)}"
+            )
+    return Found(tuple(classes), *hold_out(parts[0]), parts[1])
+
+
+def has_parts(folder: Path) -> bool:
+    """Whether ``train/`` and ``val/`` are in ``folder``."""
+    return (folder / "train").is_dir() and (folder / "val").is_dir()
+
+
+def class_names(part: Path) -> list[str]:
+    """The folders in ``part``, sorted.
+
+    Raises:
+        FileNotFoundError: there are none.
+    """
+    names = sorted(path.name for path in part.iterdir() if path.is_dir())
+    if not names:
+        raise FileNotFoundError(f"{part} has no folders, one per class, with images in them")
+    return names
+
+
+def class_files(part: Path, labels: Mapping[str, int]) -> ImageFiles:
+    """The images below the folders of ``part`` that ``labels`` names, in its order, then by name.
+
+    Raises:
+        FileNotFoundError: there are none.
+    """
+    entries = []
+    for name, label in labels.items():
+        for folder, _, files in sorted(os.walk(part / name, followlinks=True)):
+            below = Path(folder).relative_to(part)
+            entries += [
+                Entry(os.fsencode(below / file), label)
+                for file in sorted(files)
+                if file.lower().endswith(SUFFIXES)
+            ]
+    if not entries:
+        raise FileNotFoundError(f"{part} has no images ({', '.join(SUFFIXES)})")
+    return ImageFiles.of(part, entries)
+
+
+def hold_out(train: ImageFiles) -> tuple[ImageFiles, ImageFiles]:
+    """Training images without every tenth, or rarer, and those, VALIDATION_SIZE at most."""
+    every = max(10, -(-len(train) // VALIDATION_SIZE))
+    return without(train, every), train[::every]
+
+
+def without(files: ImageFiles, every: int) -> ImageFiles:
+    """``files`` but those at 0, ``every``, 2 ``every`` and so on."""
+    return files[np.arange(len(files)) % every > 0]
+
+
+def _require_same(classes: list[str], others: list[str], root: Path) -> None:
+    differences = [
+        f"{part}/ has {_some(sorted(more))}, which {other}/ has not"
+        for part, other, more in (
+            ("train", "val", set(classes) - set(others)),
+            ("val", "train", set(others) - set(classes)),
+        )
+        if more
+    ]
+    if differences:
+        raise DataError(f"the classes in {root} differ: {'; '.join(differences)}")
+
+
+def _some(names: list[str]) -> str:
+    """The first names, and how many more there are."""
+    shown = f"{'classes' if len(names) > 1 else 'class'} {', '.join(names[:NAMED])}"
+    return shown + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
