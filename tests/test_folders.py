@@ -190,7 +190,7 @@ def make_trainer(path, folder, workers, options=None, batch_size=1, world=None):
         dataset="folder",
         method="normal",
         compare=[],
-        model="small",
+        model="torchvision:shufflenet_v2_x0_5",
         epochs=20,
         batch_size=batch_size,
         lr=[1e-3],
@@ -222,11 +222,10 @@ def test_a_stopped_run_lands_on_the_same_images(tmp_path, folder):
         return trainer.model.state_dict()
 
     whole = run("whole", None)
-    read = run("read", 2)
     run("stopped", 2, stopping=True)
     resumed = run("stopped", 1)
     for name, weight in whole.items():
-        assert torch.equal(weight, read[name]) and torch.equal(weight, resumed[name])
+        assert torch.equal(weight, resumed[name])
 
 
 def test_two_ranks_take_the_halves_of_every_batch(tmp_path, folder):
@@ -268,7 +267,7 @@ def test_two_ranks_take_the_halves_of_every_batch(tmp_path, folder):
         (
             lambda root: (root / "train").rename(root / "training"),
             FileNotFoundError,
-            "no folders train/ and val/ of images, one folder in them per class",
+            "no folders train/ and val/ with one folder of images per class, or",
         ),
     ],
     ids=["val", "train", "empty", "missing"],

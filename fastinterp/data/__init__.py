@@ -66,7 +66,7 @@ def load_dataset(
     Args:
         name: "digits" (28x28 grey, ships with scikit-learn), "mnist" (28x28 grey), "cifar10"
             (32x32 RGB), "restricted-imagenet" (224x224 RGB, nine super classes) or "folder"
-            (224x224 RGB, folders `train/` and `val/` with one folder per class).
+            (224x224 RGB, `train/` and `val/` with one folder per class, or with WebDataset shards).
         data_dir: folder of the files, or of a folder of the set's name with them. Default:
             `$FASTINTERP_DATA`, else `fastinterp/data` in `$XDG_CACHE_HOME` or `~/.cache`.
         download: download missing files into `data_dir` with torchvision.

@@ -1,4 +1,4 @@
-"""Anybody's images: train/ and val/, each with one folder per class."""
+"""Anybody's images: train/ and val/, each with one folder per class, or with shards."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 from ._files import DataError
 from .image_files import Entry, Found, ImageFiles
 from .pictures import SUFFIXES
+from .shards import find_shards, shard_files
 
 PLACES = ("", "folder")
 VALIDATION_SIZE = 5_000  # at most, and a tenth of the training images at most
@@ -21,8 +22,9 @@ def find(data_dir: Path, download: bool) -> Found:
     """The classes and images of a folder with ``train/`` and ``val/``.
 
     Each has one folder per class, as torchvision's ImageFolder wants them; classes are numbered in
-    the order of their names, images are found below them at any depth. The test split is ``val/``,
-    validation is every tenth (or rarer, 5,000 in all) of the training images.
+    the order of their names, images are found below them at any depth. Or, where there are no such
+    folders, shards with numbers of classes, see shards.py. The test split is ``val/``, validation
+    is every tenth (or rarer, 5,000 in all) of the training images.
 
     Args:
         data_dir: that folder, or one with it under the name ``folder``.
@@ -30,28 +32,55 @@ def find(data_dir: Path, download: bool) -> Found:
 
     Raises:
         FileNotFoundError: there are no such folders, or a class has no images.
-        DataError: ``train/`` and ``val/`` have other classes.
+        DataError: ``train/`` and ``val/`` have other classes, or a shard is damaged.
     """
     root = next((data_dir / place for place in PLACES if has_parts(data_dir / place)), None)
     if root is None:
         raise FileNotFoundError(
-            f"{data_dir} has no folders train/ and val/ of images, one folder in them per class: "
-            "name the folder that has (--data-dir or data_dir=, or the environment variable "
-            f"FASTINTERP_DATA).{' It cannot be downloaded.' if download else ''}"
+            f"{data_dir} has no folders train/ and val/ with one folder of images per class, or "
+            "with shards (*.tar): name the folder that has (--data-dir or data_dir=, or the "
+            "environment variable FASTINTERP_DATA)."
+            + (" It cannot be downloaded." if download else "")
         )
-    train, val = root / "train", root / "val"
-    classes = class_names(train)
-    _require_same(classes, class_names(val), root)
+    parts = root / "train", root / "val"
+    if not any(map(class_names, parts)) and any(map(find_shards, parts)):
+        classes, train, test = _from_shards(*parts)
+    else:
+        classes, train, test = _from_folders(*parts)
+    return Found(tuple(classes), *hold_out(train), test)
+
+
+def _from_folders(*parts: Path) -> tuple[list[str], ImageFiles, ImageFiles]:
+    classes = class_names(parts[0])
+    _require_same(classes, class_names(parts[1]), parts[0].parent)
     labels = {name: label for label, name in enumerate(classes)}
-    parts = [class_files(part, labels) for part in (train, val)]
-    for part in parts:
-        counts = part.labels.bincount(minlength=len(classes))
-        empty = [name for name, count in zip(classes, counts.tolist(), strict=True) if not count]
+    train, test = (class_files(part, labels) for part in parts)
+    for part in (train, test):
+        seen = set(part.labels.tolist())
+        empty = [name for label, name in enumerate(classes) if label not in seen]
         if empty:
             raise FileNotFoundError(
                 f"{part.root} has no images ({', '.join(SUFFIXES)}) of {_some(empty)}"
             )
-    return Found(tuple(classes), *hold_out(parts[0]), parts[1])
+    return classes, train, test
+
+
+def _from_shards(*parts: Path) -> tuple[list[str], ImageFiles, ImageFiles]:
+    train, test = map(shard_files, parts)
+    seen, largest = set(train.labels.tolist()), int(train.labels.argmax())
+    count = int(train.labels[largest]) + 1
+    if len(seen) < count:
+        gap = next(label for label in range(count) if label not in seen)
+        raise DataError(
+            f"{train.where(largest)} is of class {count - 1}, but {train.root} has no images of "
+            f"class {gap}: classes are numbered from 0, and none is left out"
+        )
+    for beyond in (test.labels >= count).nonzero().flatten().tolist():
+        raise DataError(
+            f"{test.where(beyond)} is of class {test.labels[beyond]}, but {train.root} has the "
+            f"classes 0 to {count - 1}"
+        )
+    return [str(label) for label in range(count)], train, test
 
 
 def has_parts(folder: Path) -> bool:
@@ -60,15 +89,8 @@ def has_parts(folder: Path) -> bool:
 
 
 def class_names(part: Path) -> list[str]:
-    """The folders in ``part``, sorted.
-
-    Raises:
-        FileNotFoundError: there are none.
-    """
-    names = sorted(path.name for path in part.iterdir() if path.is_dir())
-    if not names:
-        raise FileNotFoundError(f"{part} has no folders, one per class, with images in them")
-    return names
+    """The folders in ``part``, sorted."""
+    return sorted(path.name for path in part.iterdir() if path.is_dir())
 
 
 def class_files(part: Path, labels: Mapping[str, int]) -> ImageFiles:
