@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -80,21 +81,25 @@ class DiskSplit(LabelledImages):
         """
         device = self.labels.device
         indices = [index.cpu() for index in indices]
-        parts = [part.numpy() for index in indices for part in index.split(PART)]
-        with closing(self._decoded(parts)) as decoded:
+        with closing(self._decoded(indices)) as decoded:
             images = (_joined(decoded, len(index), device) for index in indices)
             if device.type == "cuda":
                 images = _copied_ahead(images, device)
             for index, batch in zip(indices, images, strict=True):
                 yield scaled(batch, torch.float32), self.labels[index.to(device)]
 
-    def _decoded(self, parts: list[np.ndarray]) -> Generator[Tensor, None, None]:
-        """The pixels of each part, decoded by the workers."""
+    def _decoded(self, indices: list[Tensor]) -> Generator[Tensor, None, None]:
+        """The pixels at `indices` in their order, PART at a time, decoded by the workers."""
+        parts = [part.numpy() for index in indices for part in index.split(PART)]
+        workers = max(1, min(self.workers, len(parts)))
+        per_batch = len(parts) / max(1, len(indices))
         loader = DataLoader(
             _Parts(self.files),
             batch_size=None,
             sampler=parts,
-            num_workers=max(1, min(self.workers, len(parts))),
+            num_workers=workers,
+            # Of each worker: enough for two batches, so that a long step leaves none idle.
+            prefetch_factor=max(2, math.ceil(2 * per_batch / workers)),
             pin_memory=self.labels.is_cuda,
             worker_init_fn=_set_up_worker,
             generator=torch.Generator(),  # leaves torch's own as it is
