@@ -3,11 +3,13 @@
 import csv
 import importlib.util
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
-from benchmarks import attacks, gate, memory, networks, peers, record, step, tables, units
+from benchmarks import attacks, data, gate, memory, networks, peers, record, step, tables, units
 from benchmarks.problem import DTYPES, Problem, balanced_weight
 
 TINY = Problem(net="small", batch=3, size=12, dtype="fp64")
@@ -227,6 +229,44 @@ def test_rows_of_attacks(monkeypatch, tmp_path):
 def row(side, ms="", note="", **more):
     timed = {"ms_p20": ms, "ms_p50": ms, "ms_p80": ms} if ms else {}
     return {"benchmark": "step", "case": CASE, "side": side, "note": note, **timed, **more}
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Nine photographs in three folders of classes, one of them large."""
+    rng = np.random.default_rng(0)
+    for i in range(9):
+        size = (1100, 1300) if i == 4 else (280, 300 + i)
+        coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+        path = tmp_path / data.SAMPLE / "abc"[i % 3] / f"{i}.JPEG"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        coarse.resize(size, Image.Resampling.BICUBIC).save(path)
+    return tmp_path
+
+
+def test_reading_images_is_timed_beside_torchvision(pictures, monkeypatch, capsys):
+    monkeypatch.setattr(data, "PER_SHARD", 4)
+    path = pictures / "rows.csv"
+    run = ["--data-dir", str(pictures), *"--images 20 --batch 5 --repeats 2 --workers 1".split()]
+    data.main([*run, "--csv", str(path)])
+    assert "over torchvision" in capsys.readouterr().out
+    (newest,) = tables.read(path)
+    case = "224x224, 1 workers, batches of 5, per image"
+    assert list(newest) == [
+        ("data", f"{source} {case}", side)
+        for source in ("folders", "shards")
+        for side in ("torchvision", "fastinterp")
+    ]
+    line = cells(tables.long(newest), f"| data        | shards {case}")
+    assert line[2] == "fastinterp" and line[4] == "torchvision" and line[6].endswith("x")
+
+    ours = data.ours
+    monkeypatch.setattr(data, "ours", lambda *how: ((x + 0.01, y) for x, y in ours(*how)))
+    with pytest.raises(SystemExit, match=r"the sides' images differ by 2\.\d levels, not timed"):
+        data.main(run)
+    monkeypatch.setattr(data, "ours", lambda *how: ((x, 1 - y) for x, y in ours(*how)))
+    with pytest.raises(SystemExit, match="differ by inf levels, not timed"):
+        data.main(run)
 
 
 ROWS = [

@@ -9,12 +9,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
+from safetensors.torch import save_file
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from fastinterp.cli import main
 from fastinterp.data import DataError, DataWorkerDied, DiskSplit, Split, disk, load_dataset
 from fastinterp.evaluation.results import fingerprint, images_fingerprint
+from fastinterp.models import create_model
 from fastinterp.training import Interrupted, RunOptions, TrainConfig, Trainer
 from fastinterp.training.distributed import World
 from fastinterp.training.loop import StopRequest
@@ -289,3 +291,34 @@ def test_workers_of_data_sets_without(folder, capsys):
         load_dataset("folder", folder, workers=0)
     assert main(["train", "--dataset", "mnist", "--workers", "2"]) == 1
     assert "workers must be left out with mnist" in capsys.readouterr().err
+
+
+def test_commands_read_images_from_disk(tmp_path, folder, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(disk, "_fit_memory", lambda images: False)
+    net = create_model("small", 3, 3)
+    save_file(net.state_dict(), "net.safetensors")
+    shared = ["net.safetensors", "--dataset", "folder", "--data-dir", str(folder)]
+    few = "--examples 2 --steps 1 --eps 0.01".split()
+    assert main(["eval", *shared, *few, "--json", "read.json"]) == 0
+    assert main(["attack", *shared, *few, "--out", "attacked"]) == 0
+    assert main(["explain", *shared, *few[2:], "--index", "5", "--out", "explained"]) == 0
+    assert (tmp_path / "explained" / "test-5.png").exists()
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert main(["eval", *shared, *few, "--json", "held.json"]) == 0
+    assert Path("read.json").read_text() == Path("held.json").read_text()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_batches_on_a_gpu(folder, monkeypatch):
+    """Copied ahead on a stream of their own, while a slow kernel holds up the one in use."""
+    monkeypatch.setattr(disk, "PART", 3)
+    split = load_dataset("folder", folder, workers=2).train
+    indices = torch.arange(20).view(4, 5).repeat(8, 1)
+    batches = split.to("cuda").batches(indices)
+    for index, (x, y) in zip(indices, batches, strict=True):
+        torch.cuda._sleep(10_000_000)
+        expected = split.batch(index)
+        assert torch.equal(x.cpu(), expected[0]) and torch.equal(y.cpu(), expected[1])
