@@ -170,12 +170,13 @@ def run(arguments) -> int:
             )
         except Interrupted as stopped:
             if world.rank == 0:
-                same = [
-                    f" --{name} {arguments[name.replace('-', '_')]}"
-                    for name in ("data-dir", "workers")
-                    if arguments[name.replace("-", "_")]
-                ]
-                print(f"{stopped}; go on with: fastinterp train --resume {folder}{''.join(same)}")
+                again = f"fastinterp train --resume {folder}"
+                for name, value in (
+                    ("data-dir", arguments.data_dir),
+                    ("workers", arguments.workers),
+                ):
+                    again += f" --{name} {value}" if value else ""
+                print(f"{stopped}; go on with: {again}")
             return 130
     if world.rank == 0:
         examples = results[0]["examples"]
