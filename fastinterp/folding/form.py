@@ -67,7 +67,6 @@ class AttackForm:
         for module in model.modules():
             _check(module, surrogate=module is model)
         self._model = weakref.ref(model)
-        self._names = {module: name for name, module in model.named_modules()}
         with _stock_classes(model):
             self._graph, _ = trace(model, torch.Tensor, False, usual=True, is_leaf=_is_leaf)
         self._modules: dict[fx.Node, str] = {}  # where each leaf of the graph is in the model
@@ -88,7 +87,6 @@ class AttackForm:
         features = self._fold_head(x, *cam) if cam else None
         (output,) = (node for node in self._graph.nodes if node.op == "output")
         output.args = ((features, output.args[0]),)
-        del self._names
         self._kind: fx.GraphModule | None = None  # without its parts; code is generated once
 
     @property
@@ -175,7 +173,7 @@ class AttackForm:
                 ShapeProp(self._module_of(self._parts())).propagate(x)
         if not self._pays(features, head):
             return features
-        self._head = self._names[head]
+        self._head = self._modules[last]
         maps = self._times_head(features)
         with self._graph.inserting_after(last):
             bias = None
