@@ -54,9 +54,10 @@ def folder(tmp_path_factory) -> Path:
     return root
 
 
-def workers_of(process: int) -> list[int]:
-    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
-    return [int(child) for child in children]
+def children() -> set[int]:
+    """Processes that this one has started."""
+    here = os.getpid()
+    return set(map(int, Path(f"/proc/{here}/task/{here}/children").read_text().split()))
 
 
 def test_both_forms_have_the_same_pixels_and_batches(folder):
@@ -134,11 +135,12 @@ def test_a_damaged_image_is_named(tmp_path):
     with pytest.raises(DataError, match=message):
         load_dataset("folder", tmp_path)
     train = load_dataset("folder", tmp_path, workers=2).train
+    before = children()
     batches = train.batches(torch.arange(2).view(2, 1))
     next(batches)
     with pytest.raises(DataError, match=f"^{message}") as error:
         next(batches)
-    assert "Traceback" not in str(error.value) and not workers_of(os.getpid())
+    assert "Traceback" not in str(error.value) and children() == before
     bad.unlink()
     with pytest.raises(DataError, match="No such file"):
         train.batch(torch.tensor([1]))
@@ -146,29 +148,30 @@ def test_a_damaged_image_is_named(tmp_path):
 
 def test_workers_ignore_ctrl_c_and_end_with_the_iterator(folder):
     split = load_dataset("folder", folder, workers=2).train
-    before = set(workers_of(os.getpid()))
+    before = children()
     handler = signal.getsignal(signal.SIGCHLD)
     batches = split.batches(torch.arange(20).view(20, 1))
     next(batches)
     assert signal.getsignal(signal.SIGCHLD) is handler
-    workers = set(workers_of(os.getpid())) - before
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    workers = children() - before
     assert len(workers) == 2
     for worker in workers:
         os.kill(worker, signal.SIGINT)
     assert len([next(batches) for _ in range(18)]) == 18
     batches.close()
-    assert not workers & set(workers_of(os.getpid()))
+    assert children() == before
 
 
 def test_a_killed_worker(tmp_path, folder):
     """The steps before are saved, and the message says what to do."""
     trainer = make_trainer(tmp_path / "normal", folder, workers=1, options=RunOptions(30))
-    step = trainer._step
+    step, before = trainer._step, children()
 
     def killing(stop):
         done = step(stop)
         if trainer.step == 2:
-            (worker,) = workers_of(os.getpid())
+            (worker,) = children() - before
             os.kill(worker, signal.SIGKILL)
         return done
 
@@ -182,7 +185,7 @@ def test_a_killed_worker(tmp_path, folder):
     assert "use fewer of them (--workers or workers=, now 1)" in message
     assert f"Finished steps are saved; go on with --resume {tmp_path}" in message
     saved = trainer.step
-    assert 2 <= saved < 20 and not workers_of(os.getpid())
+    assert 2 <= saved < 20 and children() == before
     again = make_trainer(tmp_path / "normal", folder, workers=1)
     assert again.resume() and again.step == saved
 

@@ -101,10 +101,9 @@ class DiskSplit(LabelledImages):
             # Of each worker: enough for two batches, so that a long step leaves none idle.
             prefetch_factor=max(2, math.ceil(2 * per_batch / workers)),
             pin_memory=self.labels.is_cuda,
-            worker_init_fn=_set_up_worker,
             generator=torch.Generator(),  # leaves torch's own as it is
         )
-        with _sigchld_kept():
+        with _starting_workers():
             iterator = iter(loader)
         try:
             for _ in parts:
@@ -140,25 +139,23 @@ class _Parts(Dataset):
             return error
 
 
-def _set_up_worker(number: int) -> None:
-    # Ctrl-C reaches every process of the terminal: whoever iterates decides what it means. torch
-    # has set one thread by now.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 @contextmanager
-def _sigchld_kept() -> Iterator[None]:
-    """Leaves SIGCHLD as it was: DataLoader's handler raises in the midst of whatever runs then.
+def _starting_workers() -> Iterator[None]:
+    """They start deaf to Ctrl-C, and this process's signals are left as they were.
 
-    A worker that died is noticed all the same, within seconds, when its images are asked for.
+    Ctrl-C reaches every process of the terminal, and whoever iterates decides what it means.
+    DataLoader's handler of SIGCHLD would raise in the midst of whatever runs when a worker dies;
+    without it that is noticed within seconds, when its images are asked for.
     """
-    kept = threading.current_thread() is threading.main_thread()
-    previous = signal.getsignal(signal.SIGCHLD) if kept else None
+    main = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGCHLD) if main else None
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        if previous is not None:
-            signal.signal(signal.SIGCHLD, previous)
+        if handler is not None:
+            signal.signal(signal.SIGCHLD, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _joined(parts: Iterator[Tensor], size: int, device: torch.device) -> Tensor:
