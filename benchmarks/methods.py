@@ -129,6 +129,7 @@ def _int_adv(net, x, z, y, clean, w):
 
 
 _MAXIMISED["int-adv"] = _int_adv
+_COMPARED = ("trades", "int", "int-one-class", "int-adv")  # with x
 
 
 def attack(method, net, x, y, start, eps, step_size, steps, weights):
@@ -138,8 +139,10 @@ def attack(method, net, x, y, start, eps, step_size, steps, weights):
     for p in parameters:
         p.requires_grad_(False)
     with evaluation(net):
-        with torch.set_grad_enabled(weights["explain"] is not run):
-            clean = [t.detach() for t in weights["explain"](net, x)]
+        clean = None
+        if method in _COMPARED:
+            with torch.set_grad_enabled(weights["explain"] is not run):
+                clean = [t.detach() for t in weights["explain"](net, x)]
         z = (x + start).clamp(0, 1)
         for _ in range(steps):
             z.requires_grad_()
@@ -174,6 +177,7 @@ def loss(
     def explain_ig(net, z):
         return class_ig(net, z, only), net(z)
 
+    map = map if method.startswith("int") else "cam"
     weights = dict(gamma=gamma, ig=ig_weight, explain=run if map == "cam" else explain_ig)
     z = attack(method, net, x, y, start, eps, step_size, steps, weights)
     if method == "adv":

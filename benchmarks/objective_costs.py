@@ -44,13 +44,14 @@ class Case:
             t.to(dtype).contiguous(memory_format=layout) for t in (x, EPS * (2 * start - 1))
         )
         self.y = torch.randint(0, 10, (batch,), generator=generator)
-        self.method, self.map, self.steps, self.amp = method, map, steps, amp
+        self.method, self.steps, self.amp = method, steps, amp
+        self.map = map if method.startswith("int") else "cam"
         self.plain = networks.build(name).to(dtype, memory_format=layout)
         self.objective = METHODS[method](
             fuse(copy.deepcopy(self.plain)),
             step_size=STEP_SIZE,
             steps=steps,
-            map=MAPS[map],
+            map=MAPS[self.map],
             ig_steps=methods.IG_POINTS,
         )
         self.clock = Clock(torch.device("cpu"))
@@ -131,7 +132,8 @@ def main(argv: list[str] | None = None) -> None:
         speeds = [1e3 * batch / m for m in medians]
         share = f"{100 * measured.attack:.0f} %"
         table.append([method, *medians, medians[1] / medians[0], *relative, speeds[0], share])
-        case = f"{args.net} {method}{f' map={args.map}' * (args.map != 'cam')} N={batch}"
+        mapped = f" map={args.map}" if args.map != "cam" and method.startswith("int") else ""
+        case = f"{args.net} {method}{mapped} N={batch}"
         case += f"{f' {args.dtype}' * (args.dtype != 'fp32')} channels_last"
         notes = [[f"{speed:.4g} images/s"] for speed in speeds]
         for note, times in zip(notes, relative, strict=True):

@@ -27,6 +27,7 @@ from fastinterp.models import create_model, load_weights
 from fastinterp.objectives import IG_WEIGHTINGS, METHODS
 from fastinterp.training import recipe
 from fastinterp.training.loop import StopRequest, Trainer
+from fastinterp.training.run import CONFIG_FILE, prepare
 
 RELEASED = {"ig-norm": "ig"}  # names of files that are not the method's
 PERTURBATION = 1e-7
@@ -41,6 +42,7 @@ def run(config, data_dir: str, folder: Path, perturbation: float, threads: int):
     """Weights before and after one epoch, and its seconds."""
     torch.set_num_threads(threads)
     data = load_dataset(config.dataset, data_dir)
+    prepare(folder, config, resume=(folder / CONFIG_FILE).exists())
     trainer = Trainer(config, config.method, data, folder, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

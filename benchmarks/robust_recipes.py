@@ -7,15 +7,14 @@ starts at a random point. The recipes here try to keep it: larger training radii
 the radius, several starts of the inner maximisation, cross-entropy in it, an average of the
 weights. All are MNIST Small with the same batches, learning rates and number of steps. Networks
 are trained and attacked in processes of their own; what is finished is kept in FOLDER, where a
-stopped run goes on. The table, FOLDER/table.md, is of the networks that are finished.
+stopped run goes on. The table, FOLDER/table.md, is of those asked for that are finished.
 """
 
 from __future__ import annotations
 
 import argparse
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -129,7 +128,9 @@ def work(arguments, threads: int, name: str) -> dict:
 def table(names: list[str], found: dict, arguments, examples: int) -> str:
     """Clean accuracy, and by radius that of PGD without a start and of the worst attack."""
     settings = settings_of(arguments)
-    summary = Summary(settings, names, found, choose_examples(examples, settings.examples))
+    summary = Summary(
+        settings, names, found, choose_examples(examples, settings.examples, settings.seed)
+    )
     rows = [
         [
             name,
@@ -156,19 +157,21 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--restarts", type=int, default=3, help="of the attacks")
     parser.add_argument("--processes", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args(argv)
+    if arguments.processes < 1:
+        parser.error(f"--processes must be at least 1, got {arguments.processes}")
     record.require_core()
     data = load_dataset("mnist", arguments.data_dir)
     threads = max(1, torch.get_num_threads() // arguments.processes)
-    found, done = {}, []
+    found = {}
     with ProcessPoolExecutor(arguments.processes, mp_context=get_context("spawn")) as pool:
-        each = pool.map(partial(work, arguments, threads), arguments.only)
-        for name, pieces in zip(arguments.only, each, strict=True):
-            found |= pieces
-            done.append(name)
+        running = {pool.submit(work, arguments, threads, name): name for name in arguments.only}
+        for future in as_completed(running):
+            found |= future.result()
+            done = [name for name in arguments.only if (name, "clean", None) in found]
             text = table(done, found, arguments, len(data.test)) + "\n"
             path = arguments.out / "table.md"
             write_atomically(path, lambda temporary, text=text: temporary.write_text(text))
-            print(f"{name} is done", flush=True)
+            print(f"{running[future]} is done", flush=True)
     print(text)
 
 

@@ -2,6 +2,9 @@
 
 import csv
 import importlib.util
+from argparse import Namespace
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,8 +12,23 @@ import torch
 from PIL import Image
 from torch import nn
 
-from benchmarks import attacks, data, gate, memory, networks, peers, record, step, tables, units
+from benchmarks import (
+    attacks,
+    data,
+    gate,
+    memory,
+    networks,
+    peers,
+    record,
+    replay,
+    robust_recipes,
+    step,
+    tables,
+    units,
+)
 from benchmarks.problem import DTYPES, Problem, balanced_weight
+from fastinterp.data import Split, load_dataset
+from fastinterp.training import TrainConfig, Trainer
 
 TINY = Problem(net="small", batch=3, size=12, dtype="fp64")
 CASE = "small gradient N=3 12x12 fp64 nchw"
@@ -338,3 +356,32 @@ def test_rows_of_earlier_columns_stay_readable(tmp_path):
     with pytest.raises(ValueError, match="mood"):
         record.append(path, [])
     assert path.read_text() == "benchmark,mood\nop,good\n"
+
+
+def test_a_replay_goes_on_where_it_was_and_of_its_own_configuration_only(tmp_path):
+    config = TrainConfig(dataset="digits", model="small", method="normal", epochs=1, rng="paper")
+    run = partial(replay.run, data_dir=None, folder=tmp_path / "run", threads=1)
+    before, after, _ = run(config, perturbation=0.0)
+    again_before, again, _ = run(config, perturbation=0.0)
+    assert torch.equal(before, again_before) and torch.equal(after, again)
+    moved, _, _ = run(config, perturbation=1e-3)
+    assert 0 < (moved - before).norm() < 2e-3 * before.norm()
+    with pytest.raises(ValueError, match="another configuration"):
+        run(replace(config, epochs=2), perturbation=0.0)
+
+
+def test_recipes_are_trained_attacked_and_tabled(tmp_path, monkeypatch):
+    for name in robust_recipes.RECIPES:
+        robust_recipes.config_of(name, 4, 10).check()
+    digits = load_dataset("digits")
+    train = Split(digits.train.images[:100], digits.train.labels[:100])
+    few = replace(digits, name="mnist", train=train)
+    args = Namespace(out=tmp_path, epochs=2, attack_steps=1, examples=5, steps=1, restarts=1)
+    found = {}
+    names = ["int-0.4-2-starts", "int-adv-0.4-ema"]
+    for name in names:
+        found |= robust_recipes.attack(robust_recipes.train(name, args, few), args, few)
+    lines = robust_recipes.table(names, found, args, len(few.test)).splitlines()
+    assert len(lines) == 4 and lines[2].startswith("| int-0.4-2-starts")
+    monkeypatch.setattr(Trainer, "run", None)  # what is trained is found
+    robust_recipes.train(names[1], args, few)

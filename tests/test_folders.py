@@ -111,9 +111,10 @@ def test_moving_a_split_decodes_nothing(tmp_path, folder):
     for part in ("train", "val"):
         for name in "ab":
             (damaged / part / name).mkdir(parents=True)
-            (damaged / part / name / "0.jpg").write_bytes(b"no JPEG")
+            for number in range(2):
+                (damaged / part / name / f"{number}.jpg").write_bytes(b"no JPEG")
     data = load_dataset("folder", damaged, workers=1)
-    assert len(data.test.to("cpu")) == 2 and data.test.image_shape == (3, 224, 224)
+    assert len(data.test.to("cpu")) == 4 and data.test.image_shape == (3, 224, 224)
 
 
 def test_memory_decides_which_form(folder, monkeypatch):
@@ -182,12 +183,30 @@ def test_a_killed_worker(tmp_path, folder):
         trainer.run(StopRequest(), quiet=True)
     message = str(error.value)
     assert "a data worker, a process that reads images, has died" in message
-    assert "use fewer of them (--workers or workers=, now 1)" in message
+    assert "use fewer of them (workers= of load_dataset, --workers of train, now 1)" in message
     assert f"Finished steps are saved; go on with --resume {tmp_path}" in message
     saved = trainer.step
     assert 2 <= saved < 20 and children() == before
     again = make_trainer(tmp_path / "normal", folder, workers=1)
     assert again.resume() and again.step == saved
+
+
+def test_a_signal_to_the_whole_job_stops_it(tmp_path, folder, monkeypatch):
+    """Workers that the same signal has ended are no failure."""
+    stop, pixels = StopRequest(), DiskSplit._decoded
+
+    def interrupted(split, indices):
+        for number, part in enumerate(pixels(split, indices)):
+            if number == 2:
+                stop.requested = True
+                raise DataWorkerDied("gone")
+            yield part
+
+    monkeypatch.setattr(DiskSplit, "_decoded", interrupted)
+    trainer = make_trainer(tmp_path / "normal", folder, workers=1)
+    with pytest.raises(Interrupted, match="stopped normal after step 2"):
+        trainer.run(stop, quiet=True)
+    assert make_trainer(tmp_path / "normal", folder, workers=1).resume()
 
 
 def make_trainer(path, folder, workers, options=None, batch_size=1, world=None):
@@ -270,12 +289,17 @@ def test_two_ranks_take_the_halves_of_every_batch(tmp_path, folder):
             r"train has no images \(.*\) of class d$",
         ),
         (
+            lambda root: None,
+            FileNotFoundError,
+            "train has too few images of class a: one in ten of all, in their order, is held out",
+        ),
+        (
             lambda root: (root / "train").rename(root / "training"),
             FileNotFoundError,
             "no folders train/ and val/ with one folder of images per class, or",
         ),
     ],
-    ids=["val", "train", "empty", "missing"],
+    ids=["val", "train", "empty", "few", "missing"],
 )
 def test_folders_that_are_no_data_set(tmp_path, change, error, message):
     for part in ("train", "val"):

@@ -1,7 +1,9 @@
 """The form that attacks run: equal to the network as written, which is the oracle."""
 
 import copy
+import functools
 import gc
+import types
 import weakref
 
 import pytest
@@ -13,7 +15,7 @@ import fastinterp as fi
 from fastinterp.attacks import attacked, pgd
 from fastinterp.folding import AttackForm, find_attack_form
 from fastinterp.fusion.tracing import NotTraceable
-from fastinterp.maps import CamNetwork, cam
+from fastinterp.maps import CamNetwork, UnsupportedModelError, cam
 from fastinterp.models import create_model
 from fastinterp.objectives import METHODS
 
@@ -140,12 +142,25 @@ class Switched(nn.Module):
         self.convs = nn.ModuleList(nn.Conv2d(3, c, 3, padding=1) for c in (3, 6))
         self.pool, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(6, 4)
         self.flag, self.order, self.act = False, {"first": [0, 0, 1]}, F.relu
+        self.extra = nn.Conv2d(3, 3, 3, padding=1)
+        self.active, self.settings = self.extra, types.SimpleNamespace(factor=1.0)
+        self.one, self.two = nn.Parameter(torch.ones(())), nn.Parameter(torch.full((), 2.0))
+        self.shift = self.one
         self.double()
 
     def forward(self, x):
+        x = self.active(x.to(self.one.dtype))
         for i in self.order["first"]:
-            x = self.act(self.convs[i](x))
-        return self.fc(self.pool(-x if self.flag else x).flatten(1))
+            x = self.act(self.convs[i](x)) + self.shift
+        return self.fc(self.pool(self.settings.factor * (-x if self.flag else x)).flatten(1))
+
+
+def negated(self, x):
+    return self.fc(self.pool(self.convs[1](-x)).flatten(1))
+
+
+def of_another_class(net):
+    net.__class__ = type("Another", (Switched,), {"forward": negated})
 
 
 CHANGES = {
@@ -157,6 +172,12 @@ CHANGES = {
     "a hook": lambda net: net.convs[1].register_forward_hook(lambda *args: 2 * args[2]),
     "a child": lambda net: net.convs.__setitem__(0, nn.Sequential(net.convs[0], nn.Tanh())),
     "fused": fi.fuse,
+    "which child": lambda net: setattr(net, "active", copy.deepcopy(net.active)),
+    "which of its children": lambda net: setattr(net, "active", net.convs[0]),
+    "which parameter": lambda net: setattr(net, "shift", net.two),
+    "an attribute of an object": lambda net: setattr(net.settings, "factor", 3.0),
+    "a class": of_another_class,
+    "a type": lambda net: net.float(),
 }
 
 
@@ -165,9 +186,63 @@ def test_it_is_made_again_when_the_network_has_changed(change):
     net, x = Switched(), torch.rand(2, 3, 8, 8, dtype=torch.float64)
     for do in (lambda net: None, change):
         do(net)
+        x = x.to(net.fc.weight.dtype)
+        how = EXACT if x.dtype == torch.float64 else {}
         with attacked(net, x) as model, attacked(net) as headed:
             for logits in (model(x), headed(x)):
-                torch.testing.assert_close(logits, net(x), **EXACT)
+                torch.testing.assert_close(logits, net(x), **how)
+
+
+def test_it_is_made_again_when_a_class_or_a_function_is_another_at_the_same_place(monkeypatch):
+    net, x = Switched(), torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    for i in range(8):
+        # The new one often has the address of the one before.
+        net.act = None
+        net.act = functools.partial(torch.mul, other=float(i))
+        with attacked(net, x) as model:
+            torch.testing.assert_close(model(x), net(x), **EXACT)
+    monkeypatch.setattr(Switched, "forward", negated)
+    with attacked(net, x) as model:
+        torch.testing.assert_close(model(x), net(x), **EXACT)
+
+
+class NoCam(nn.Module):
+    """Something stands between its pooling and its head; counts its passes."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.pool, self.fc = nn.Conv2d(3, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Linear(6, 4)
+        self.double()
+
+    def forward(self, x):
+        PASSES.append(len(x))
+        return self.fc(F.relu(self.pool(self.conv(x)) - 0.1).flatten(1))
+
+
+PASSES = []
+
+
+def test_no_images_say_nothing_and_a_refusal_is_remembered():
+    net, x = NoCam(), torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    assert CamNetwork(net, x[:0]).form is None
+    for passes in (1, 0):
+        PASSES.clear()
+        with pytest.raises(UnsupportedModelError, match="something else stands between"):
+            CamNetwork(net, x)
+        assert len(PASSES) == passes
+    with attacked(net, x) as model:
+        torch.testing.assert_close(model(x), net(x), **EXACT)
+
+
+def test_it_keeps_no_parameters():
+    net, x = Switched(), torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    form = CamNetwork(net, x).form
+    with form.made() as run:
+        weights = [weakref.ref(p) for p in run.parameters() if p.dim() == 4]
+        run(x)
+    del run
+    gc.collect()
+    assert weights and not any(weight() is not None for weight in weights)
 
 
 def test_it_does_not_keep_a_network_alive():

@@ -102,6 +102,12 @@ def overwritten(root):
     shard.write_bytes(data)
 
 
+def appended(root):
+    """A whole tar file behind the other's end."""
+    shard = root / "train" / "0001.tar"
+    shard.write_bytes(2 * shard.read_bytes())
+
+
 GOOD = {"a.jpg": jpeg(1), "a.cls": b"1"}
 
 
@@ -126,6 +132,7 @@ GOOD = {"a.jpg": jpeg(1), "a.cls": b"1"}
         (cut(0), "0001.tar is no sound tar file: empty file"),
         (cut(700), "0001.tar is no sound tar file: unexpected end of data"),
         (cut(1024), "0001.tar is no sound tar file: it breaks off, or is damaged, at byte 1,024"),
+        (appended, "0001.tar is no sound tar file: it breaks off, or is damaged, at byte"),
         (overwritten, "0001.tar is no sound tar file: it breaks off, or is damaged, at byte 1,024"),
         (
             lambda root: (root / "train" / "0001.tar").write_bytes(b"no tar file" * 1000),

@@ -1,12 +1,13 @@
 """The number of threads that a run chooses, and keeps."""
 
-import time
-
 import pytest
 import torch
 
+from fastinterp.cli import main
 from fastinterp.data import load_dataset
-from fastinterp.training import RunOptions, TrainConfig, Trainer, threads
+from fastinterp.training import Interrupted, RunOptions, TrainConfig, Trainer, threads
+from fastinterp.training.loop import StopRequest
+from fastinterp.training.metrics import read_metrics
 from fastinterp.training.run import execute, prepare
 
 
@@ -51,7 +52,6 @@ def test_a_run_chooses_once_without_a_trace_and_keeps_it_when_it_is_resumed(tmp_
     monkeypatch.setattr(threads, "fastest", fastest)
 
     def run(folder, options, resume=False):
-        torch.set_num_threads(2)
         prepare(tmp_path / folder, config(), resume)
         results = execute(
             *(tmp_path / folder, config(), data, torch.device("cpu")),
@@ -62,18 +62,40 @@ def test_a_run_chooses_once_without_a_trace_and_keeps_it_when_it_is_resumed(tmp_
         return [{k: v for k, v in row.items() if k != "train_seconds"} for row in results]
 
     run("chosen", RunOptions(choose_threads=True, limit_steps=3))
-    assert tried == [2] and torch.get_num_threads() == 1
+    assert tried == [2] and torch.get_num_threads() == 2  # as before
     whole = RunOptions(choose_threads=True, limit_steps=6)
     resumed = run("chosen", whole, resume=True)
-    assert tried == [2] and torch.get_num_threads() == 1
+    rows = read_metrics(tmp_path / "chosen" / "int" / "metrics.jsonl")
+    assert tried == [2] and {row["threads"] for row in rows} == {1}
     assert resumed == run("again", whole) and tried == [2, 2]
 
 
-def test_who_sets_omp_num_threads_has_chosen(tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    monkeypatch.setattr(threads, "fastest", lambda step, most: time.sleep(1e9))
-    options = RunOptions(choose_threads=True)
-    Trainer(
-        config(), "normal", load_dataset("digits"), tmp_path, torch.device("cpu"), options
-    ).choose_threads()
-    assert torch.get_num_threads() == 2
+def test_a_run_of_an_earlier_version_goes_on_with_all_threads(tmp_path):
+    def trainer(**options):
+        data, options = load_dataset("digits"), RunOptions(choose_threads=True, **options)
+        return Trainer(config(), "normal", data, tmp_path, torch.device("cpu"), options)
+
+    trainer(limit_steps=1).run(StopRequest(), quiet=True)
+    (file,) = tmp_path.glob("checkpoints/*/state.pt")
+    state = torch.load(file, weights_only=True)
+    assert state.pop("threads") == 2
+    torch.save(state, file)
+    assert trainer().resume() and torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "chooses"),
+    [([], None, True), (["--threads", "1"], None, False), ([], "1", False)],
+)
+def test_who_names_a_number_has_chosen(monkeypatch, tmp_path, arguments, environment, chooses):
+    if environment:
+        monkeypatch.setenv("OMP_NUM_THREADS", environment)
+    seen = []
+
+    def execute(*args, options, **kwargs):
+        seen.append(options.choose_threads)
+        raise Interrupted("seen")
+
+    monkeypatch.setattr("fastinterp.cli.train.execute", execute)
+    command = ["train", "--device", "cpu", "--out", str(tmp_path / "run"), *arguments]
+    assert main(command) == 130 and seen == [chooses]

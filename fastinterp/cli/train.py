@@ -6,6 +6,7 @@ On several GPUs or machines: torchrun --nproc-per-node N -m fastinterp train ...
 from __future__ import annotations
 
 import argparse
+import os
 import typing
 import warnings
 from pathlib import Path
@@ -147,7 +148,9 @@ def run(arguments) -> int:
         profile=arguments.profile,
         wandb=arguments.wandb,
         cuda_graph=arguments.cuda_graph,
-        choose_threads=not arguments.threads and device.type == "cpu" and world.size == 1,
+        choose_threads=device.type == "cpu"
+        and world.size == 1
+        and not (arguments.threads or "OMP_NUM_THREADS" in os.environ),
     )
     if options.wandb is not None:
         import_wandb()

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ._files import DataError
 from .image_files import SHAPE, ImageFiles
 from .split import Batches, LabelledImages, Split, scaled
 
@@ -114,10 +113,10 @@ class DiskSplit(LabelledImages):
                     raise DataWorkerDied(
                         "a data worker, a process that reads images, has died "
                         f"({type(error).__name__}: {str(error).strip()}). Often memory ran out, or "
-                        "/dev/shm is full: use fewer of them (--workers or workers=, now "
-                        f"{self.workers})"
+                        "/dev/shm is full: use fewer of them (workers= of load_dataset, --workers "
+                        f"of train, now {self.workers})"
                     ) from error
-                if isinstance(part, DataError):
+                if isinstance(part, Exception):
                     raise part
                 yield part
         finally:
@@ -131,11 +130,11 @@ class _Parts(Dataset):
     def __init__(self, files: ImageFiles):
         self.files = files
 
-    def __getitem__(self, index: np.ndarray) -> Tensor | DataError:
-        # An exception that is raised gets the worker's traceback for its message.
+    def __getitem__(self, index: np.ndarray) -> Tensor | Exception:
+        # One that is raised gets the worker's traceback for its message, and looks like a death.
         try:
             return self.files[index].decode()
-        except DataError as error:
+        except Exception as error:
             return error
 
 

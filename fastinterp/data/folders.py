@@ -47,7 +47,13 @@ def find(data_dir: Path, download: bool) -> Found:
         classes, train, test = _from_shards(*parts)
     else:
         classes, train, test = _from_folders(*parts)
-    return Found(tuple(classes), *hold_out(train), test)
+    kept, validation = hold_out(train)
+    if lost := _without_images(classes, kept):
+        raise FileNotFoundError(
+            f"{parts[0]} has too few images of {_some(lost)}: one in ten of all, in their order, "
+            "is held out for validation"
+        )
+    return Found(tuple(classes), kept, validation, test)
 
 
 def _from_folders(*parts: Path) -> tuple[list[str], ImageFiles, ImageFiles]:
@@ -56,9 +62,7 @@ def _from_folders(*parts: Path) -> tuple[list[str], ImageFiles, ImageFiles]:
     labels = {name: label for label, name in enumerate(classes)}
     train, test = (class_files(part, labels) for part in parts)
     for part in (train, test):
-        seen = set(part.labels.tolist())
-        empty = [name for label, name in enumerate(classes) if label not in seen]
-        if empty:
+        if empty := _without_images(classes, part):
             raise FileNotFoundError(
                 f"{part.root} has no images ({', '.join(SUFFIXES)}) of {_some(empty)}"
             )
@@ -122,6 +126,11 @@ def hold_out(train: ImageFiles) -> tuple[ImageFiles, ImageFiles]:
 def without(files: ImageFiles, every: int) -> ImageFiles:
     """``files`` but those at 0, ``every``, 2 ``every`` and so on."""
     return files[np.arange(len(files)) % every > 0]
+
+
+def _without_images(classes: list[str], files: ImageFiles) -> list[str]:
+    seen = set(files.labels.tolist())
+    return [name for label, name in enumerate(classes) if label not in seen]
 
 
 def _require_same(classes: list[str], others: list[str], root: Path) -> None:

@@ -18,6 +18,7 @@ from .pictures import SUFFIXES
 
 SUFFIX, LABEL = ".tar", ".cls"
 DIGITS = 9  # of a class, at most
+AT_ONCE = 2**20  # bytes
 
 
 def find_shards(part: Path) -> list[Path]:
@@ -77,13 +78,20 @@ def _samples(shard: Path, file: IO[bytes]) -> dict[str, dict[str, tuple[int, int
                 members = samples.setdefault(folder + slash + stem, {})
                 if members.setdefault(dot + suffix.lower(), place := _place(member)) != place:
                     raise DataError(f"{shard}: {member.name} is there twice")
-            # tarfile takes a damaged header for the end: a real one is a block of zeros.
+            # tarfile takes a damaged header for the end: after a real one there are only zeros.
             file.seek(tar.offset)
-            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            end = file.read(tarfile.BLOCKSIZE)
+            if len(end) < tarfile.BLOCKSIZE or any(end.strip(b"\0") for end in _to_end(file, end)):
                 raise tarfile.ReadError(f"it breaks off, or is damaged, at byte {tar.offset:,}")
     except tarfile.TarError as error:
         raise DataError(f"{shard} is no sound tar file: {error}") from error
     return samples
+
+
+def _to_end(file: IO[bytes], block: bytes) -> Iterator[bytes]:
+    while block:
+        yield block
+        block = file.read(AT_ONCE)
 
 
 def _place(member: tarfile.TarInfo) -> tuple[int, int]:

@@ -17,75 +17,30 @@ FASTINTERP_FOLD=off (default on) has attacks run the network as it is written.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
-
 import torch
 from torch import nn
 
-from fastinterp.folding.form import AttackForm, enabled, is_surrogate
-from fastinterp.fusion.layers import plain
+from fastinterp.folding.form import AttackForm, enabled
+from fastinterp.folding.memory import remembered
 from fastinterp.fusion.tracing import NotTraceable
 
-__all__ = ["AttackForm", "find_attack_form"]
+__all__ = ["AttackForm", "enabled", "find_attack_form", "make_attack_form", "remembered"]
 
 
-_forms: weakref.WeakKeyDictionary[nn.Module, dict] = weakref.WeakKeyDictionary()
-_OF_MODULES = {*nn.Module().__dict__, "forward"}
-_VALUES = (bool, int, float, complex, str, type(None))
+def find_attack_form(model: nn.Module) -> AttackForm | None:
+    """The model's AttackForm without a head folded in, made once; None as of make_attack_form."""
+    return remembered(model, ("attack form", enabled()), lambda: make_attack_form(model))
 
 
-def find_attack_form(
+def make_attack_form(
     model: nn.Module,
     x: torch.Tensor | None = None,
     cam: tuple[nn.Module, nn.Linear] | None = None,
-    check: Callable[[], None] = lambda: None,
 ) -> AttackForm | None:
-    """The model's AttackForm; None where torch.fx cannot trace it or FASTINTERP_FOLD is off.
-
-    It is made once, and again when the model has changed: other modules, attributes of modules,
-    shapes of parameters or hooks. What else a forward may depend on, as on a global variable, must
-    stay as it was.
-
-    Args:
-        model, x, cam: of AttackForm.
-        check: called before one is made with ``cam``; raises where the model is not such a network.
-    """
+    """AttackForm(...); None where torch.fx cannot trace the model or FASTINTERP_FOLD is off."""
     if not enabled():
-        check()
         return None
-    names, modules = zip(*model.named_modules(), strict=True)
-    seen = cam and (*(modules.index(m) for m in cam), tuple(x.shape[1:]), x.dtype, x.device.type)
-    description = seen, *map(_description, names, modules)
-    forms = _forms.setdefault(model, {})  # one with ``cam`` and one without
-    known, form = forms.get(cam is None, (None, None))
-    if known != description:
-        check()
-        try:
-            form = AttackForm(model, x, cam)
-        except NotTraceable:
-            form = None
-        forms[cam is None] = description, form
-    return form
-
-
-def _description(name: str, module: nn.Module) -> tuple:
-    """What a forward in evaluation mode may depend on, but the values of tensors."""
-    tensors = (*module._parameters.items(), *module._buffers.items())
-    return (
-        name,
-        type(module),
-        plain(module) or is_surrogate(module),
-        *((key, None if tensor is None else tensor.shape) for key, tensor in tensors),
-        *((k, _identity(v)) for k, v in module.__dict__.items() if k not in _OF_MODULES),
-    )
-
-
-def _identity(value):
-    if isinstance(value, _VALUES):
-        return value
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return type(value), *map(_identity, value)
-    if isinstance(value, dict):
-        return type(value), *((_identity(k), _identity(v)) for k, v in value.items())
-    return id(value)
+    try:
+        return AttackForm(model, x, cam)
+    except NotTraceable:
+        return None

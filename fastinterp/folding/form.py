@@ -116,6 +116,7 @@ class AttackForm:
         module = _assembled(self._kind or self._module_of(parts), parts)
         if self._kind is None:
             self._kind = _assembled(module, {})
+            self._graph.owning_module = None  # which would keep the parts
         forward = self._model().__dict__.get("forward")
         if forward is not None:
             module.__dict__["forward"] = forward.surrogate(module.forward)

@@ -16,7 +16,7 @@ from torch import nn
 
 from fastinterp._checks import check_images
 from fastinterp._state import attack_parameters, eval_mode, substituted
-from fastinterp.folding import AttackForm, find_attack_form
+from fastinterp.folding import AttackForm, enabled, make_attack_form, remembered
 from fastinterp.maps._call import borrowed
 from fastinterp.maps._layers import UnsupportedModelError, is_global_pool
 from fastinterp.maps._target import at_least_float, parse
@@ -47,8 +47,8 @@ class CamNetwork:
     Args:
         model: maps images (N, C, H, W) to logits (N, K); contains an nn.AdaptiveAvgPool2d(1) whose
             output, flattened, is the input of the last nn.Linear.
-        x: a batch, of which one image is run through the model to see how it is wired; None where
-            ``attacked`` is not wanted.
+        x: a batch, of which one image is run through the model to see how it is wired, unless that
+            is known; None where ``attacked`` is not wanted.
 
     Raises:
         UnsupportedModelError: the model has no such head.
@@ -70,7 +70,7 @@ class CamNetwork:
                 f"CAM needs a linear head with a weight of its own; that of {self.head_name!r} in "
                 f"{type(model).__name__} is computed from other parameters"
             )
-        self.form = None if x is None else self._find_form(x[:1])
+        self.form = None if x is None or len(x) == 0 else self._find_form(x[:1])
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Feature maps (N, C, h, w) and logits (N, K) of one forward pass."""
@@ -119,13 +119,20 @@ class CamNetwork:
             else torch.contiguous_format
         )
 
-    @torch.no_grad()
     def _find_form(self, x: torch.Tensor) -> AttackForm | None:
-        def check():
-            with eval_mode(self.model), self._recorded() as run:
-                run(x)
+        def find() -> tuple[AttackForm | None, str | None]:
+            try:
+                with torch.no_grad(), eval_mode(self.model), self._recorded() as run:
+                    run(x)
+            except UnsupportedModelError as error:
+                return None, str(error)
+            return make_attack_form(self.model, x, (self._pool, self.head)), None
 
-        return find_attack_form(self.model, x, (self._pool, self.head), check)
+        key = "cam", enabled(), x.shape[1:], x.dtype, x.device
+        form, refusal = remembered(self.model, key, find)
+        if refusal is not None:
+            raise UnsupportedModelError(refusal)
+        return form
 
     @contextmanager
     def _recorded(self) -> Iterator:

@@ -217,7 +217,8 @@ class Trainer:
         self.step, self.order, self.seconds = state["step"], state["order"], state["seconds"]
         self._rng_after_step = state["rng"]
         if self.options.choose_threads:
-            torch.set_num_threads(min(state["threads"], torch.get_num_threads()))
+            every = torch.get_num_threads()  # which runs of earlier versions took
+            torch.set_num_threads(min(state.get("threads", every), every))
         return True
 
     def choose_threads(self) -> None:
@@ -291,6 +292,9 @@ class Trainer:
             except BaseException as error:
                 if not self._updating:  # else the weights are between two steps
                     self.save()
+                if stop.requested and isinstance(error, DataWorkerDied):
+                    # A signal to the whole job has reached the workers too.
+                    raise Interrupted(self._stopped()) from error
                 go_on = f"Finished steps are saved; go on with --resume {self.folder.parent}"
                 if self.world.size > 1 and isinstance(error, Exception):
                     raise RankFailed(
@@ -308,12 +312,15 @@ class Trainer:
             self.save()
         self.seconds += time.perf_counter() - self._began
         if self.step < self.last_step:
-            raise Interrupted(f"stopped {self.method} after step {self.step}")
+            raise Interrupted(self._stopped())
         if first:
             checkpoint.save_model(self.model, self.folder / "model.safetensors")
             if self.ema is not None:
                 checkpoint.save_model(self.ema.module, self.folder / "ema.safetensors")
         return self.model
+
+    def _stopped(self) -> str:
+        return f"stopped {self.method} after step {self.step}"
 
     def _train(self, stop: StopRequest, bar: tqdm, log: MetricsLog | None, profile) -> None:
         saved_at = time.monotonic()

@@ -14,7 +14,7 @@ from tabulate import tabulate
 from torch import nn
 
 from fastinterp._files import is_temporary, write_atomically
-from fastinterp.data import Dataset
+from fastinterp.data import Dataset, DataWorkerDied
 from fastinterp.evaluation import choose_examples, evaluate_pgd
 from fastinterp.training.config import TrainConfig
 from fastinterp.training.distributed import World
@@ -129,27 +129,49 @@ def execute(
         other processes than rank 0 nothing.
 
     Raises:
-        Interrupted, TrainingDiverged, RankFailed: see Trainer.run.
+        Interrupted, TrainingDiverged, DataError, DataWorkerDied, RankFailed: see Trainer.run.
     """
-    options, world = options or RunOptions(), world or World()
-    trained: list[tuple[str, nn.Module, float]] = []
+    threads = torch.get_num_threads()
+    try:
+        with StopRequest().listening() as stop:
+            trained = _train(
+                folder, config, data, device, resume, quiet, options or RunOptions(), world, stop
+            )
+            if world is not None and world.rank > 0:
+                return []
+            results = _evaluate(trained, config, data, stop)
+    finally:
+        torch.set_num_threads(threads)
+    text = json.dumps(results, indent=2) + "\n"
+    write_atomically(folder / "results.json", lambda temporary: temporary.write_text(text))
+    plot_curves(folder, config.methods)
+    return results
+
+
+def _train(
+    folder, config, data, device, resume, quiet, options, world, stop
+) -> list[tuple[str, nn.Module, float]]:
+    """Name, network and seconds of every method, and of the average of its weights."""
+    trained = []
     chosen = not options.choose_threads
-    with StopRequest().listening() as stop:
-        for method in config.methods:
-            trainer = Trainer(config, method, data, folder / method, device, options, world)
-            chosen = (resume and trainer.resume()) or chosen
-            if not chosen:
-                trainer.choose_threads()
-                chosen = True
-            model = trainer.run(stop, quiet)
-            trained.append((method, model, trainer.seconds))
-            if trainer.ema is not None:
-                trained.append((f"{method} (ema)", trainer.ema.module, trainer.seconds))
-        if world.rank > 0:
-            return []
-        index = choose_examples(len(data.test), config.eval_examples, config.seed)
-        results = []
-        for name, model, seconds in trained:
+    for method in config.methods:
+        trainer = Trainer(config, method, data, folder / method, device, options, world)
+        chosen = (resume and trainer.resume()) or chosen
+        if not chosen:
+            trainer.choose_threads()
+            chosen = True
+        model = trainer.run(stop, quiet)
+        trained.append((method, model, trainer.seconds))
+        if trainer.ema is not None:
+            trained.append((f"{method} (ema)", trainer.ema.module, trainer.seconds))
+    return trained
+
+
+def _evaluate(trained, config: TrainConfig, data: Dataset, stop: StopRequest) -> list[dict]:
+    index = choose_examples(len(data.test), config.eval_examples, config.seed)
+    results = []
+    for name, model, seconds in trained:
+        try:
             scores = evaluate_pgd(
                 model,
                 data.test,
@@ -159,10 +181,10 @@ def execute(
                 step_size=config.eval_step_size,
                 progress=lambda _: stop.check("evaluating"),
             )
-            results.append({"method": name, **scores, "train_seconds": round(seconds, 2)})
-    text = json.dumps(results, indent=2) + "\n"
-    write_atomically(folder / "results.json", lambda temporary: temporary.write_text(text))
-    plot_curves(folder, config.methods)
+        except DataWorkerDied:
+            stop.check("evaluating")  # the signal may have reached the workers too
+            raise
+        results.append({"method": name, **scores, "train_seconds": round(seconds, 2)})
     return results
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -21,16 +20,13 @@ def choose_threads(model: nn.Module, x: torch.Tensor, y: torch.Tensor, amp: str)
 
     Small networks lose by many threads, whose waiting for one another outweighs their work, and by
     two of them on cores that others use. Tried are all of torch's threads, half of them and so on,
-    on a copy of the model and without moving torch's random numbers. Where OMP_NUM_THREADS is set
-    somebody has chosen already.
+    on a copy of the model and without moving torch's random numbers.
 
     Args:
         model: on the CPU, images (N, C, H, W) -> logits (N, K).
         x, y: a batch, int64 (N,) the labels.
         amp: "off" or "bf16", of TrainConfig.
     """
-    if "OMP_NUM_THREADS" in os.environ:
-        return
     trial = copy.deepcopy(model)
 
     def step():
