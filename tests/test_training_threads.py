@@ -22,7 +22,13 @@ def two_threads(monkeypatch):
 
 @pytest.mark.parametrize(
     ("seconds", "best"),
-    [({4: 3, 2: 1, 1: 2}, 2), ({4: 1, 2: 2, 1: 3}, 4), ({4: 100, 2: 98, 1: 95}, 4)],
+    [
+        ({4: 3, 2: 1, 1: 2}, 2),
+        ({4: 3, 2: 2, 1: 1}, 1),
+        ({4: 1.00, 2: 0.98, 1: 0.95}, 4),
+        ({4: 1, 2: 2}, 4),  # one is not tried: two are so much slower
+        ({4: 6}, 4),  # nor is any other for so long a step
+    ],
 )
 def test_the_fastest_number_or_all_where_nothing_is_gained(monkeypatch, seconds, best):
     clock = [0.0]

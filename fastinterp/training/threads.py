@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 TRIALS = 5
 WORTH = 0.9  # of the time that all threads take; what gains less may be chance
+SLOWER = 1.5  # times the best so far: fewer threads will not be faster
+LONG = 5.0  # seconds; a network whose step takes so long keeps all threads busy
 
 
 def choose_threads(model: nn.Module, x: torch.Tensor, y: torch.Tensor, amp: str) -> None:
@@ -40,21 +42,22 @@ def choose_threads(model: nn.Module, x: torch.Tensor, y: torch.Tensor, amp: str)
 
 def fastest(step: Callable[[], None], most: int) -> int:
     """Of most, most / 2, ..., 1 threads those that ``step`` is fastest with; sets others."""
-    seconds = {}
-    while most:
-        torch.set_num_threads(most)
-        seconds[most] = _seconds(step)
-        most //= 2
-    every = max(seconds)
+    seconds, count = {}, most
+    while count:
+        torch.set_num_threads(count)
+        seconds[count] = _seconds(step)
+        if seconds[count] > min(LONG, SLOWER * min(seconds.values())):
+            break
+        count //= 2
     best = min(seconds, key=seconds.get)
-    return best if seconds[best] < WORTH * seconds[every] else every
+    return best if seconds[best] < WORTH * seconds[most] else most
 
 
 def _seconds(step: Callable[[], None]) -> float:
-    step()
+    """Median of some steps after the first, or the first if that is long enough to tell."""
     taken = []
-    for _ in range(TRIALS):
+    while len(taken) < 1 + TRIALS and not (taken and taken[0] > LONG):
         begin = time.perf_counter()
         step()
         taken.append(time.perf_counter() - begin)
-    return statistics.median(taken)
+    return statistics.median(taken[1:] or taken)
