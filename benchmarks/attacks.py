@@ -120,9 +120,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--csv", type=Path)
-    args = parser.parse_args(argv)
-    if args.repeats < 2:
-        parser.error(f"--repeats must be at least 2, got {args.repeats}")
+    args = record.parse_with_repeats(parser, argv)
     record.require_core()
 
     table = []

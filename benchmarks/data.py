@@ -106,9 +106,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=2000, help="the sample's, again and again")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--csv", type=Path)
-    args = parser.parse_args(argv)
-    if args.repeats < 2:
-        parser.error(f"--repeats must be at least 2, got {args.repeats}")
+    args = record.parse_with_repeats(parser, argv)
     sample = args.data_dir / SAMPLE
     if not sample.is_dir():
         parser.error(f"there is no folder {sample}")

@@ -17,9 +17,12 @@ from torch import nn
 from torch.nn import functional as F
 
 IG_POINTS = 5
-
-
 _RESNET = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
+
+
+def map_of(method, map):
+    """``map`` for the int family; no other method has a choice."""
+    return map if method.startswith("int") else "cam"
 
 
 def head(net):
@@ -177,7 +180,7 @@ def loss(
     def explain_ig(net, z):
         return class_ig(net, z, only), net(z)
 
-    map = map if method.startswith("int") else "cam"
+    map = map_of(method, map)
     weights = dict(gamma=gamma, ig=ig_weight, explain=run if map == "cam" else explain_ig)
     z = attack(method, net, x, y, start, eps, step_size, steps, weights)
     if method == "adv":

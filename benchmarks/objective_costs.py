@@ -44,14 +44,13 @@ class Case:
             t.to(dtype).contiguous(memory_format=layout) for t in (x, EPS * (2 * start - 1))
         )
         self.y = torch.randint(0, 10, (batch,), generator=generator)
-        self.method, self.steps, self.amp = method, steps, amp
-        self.map = map if method.startswith("int") else "cam"
+        self.method, self.map, self.steps, self.amp = method, map, steps, amp
         self.plain = networks.build(name).to(dtype, memory_format=layout)
         self.objective = METHODS[method](
             fuse(copy.deepcopy(self.plain)),
             step_size=STEP_SIZE,
             steps=steps,
-            map=MAPS[self.map],
+            map=MAPS[map],
             ig_steps=methods.IG_POINTS,
         )
         self.clock = Clock(torch.device("cpu"))
@@ -118,9 +117,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=10, help="of the attack")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--csv", type=Path)
-    args = parser.parse_args(argv)
-    if args.repeats < 2:
-        parser.error(f"--repeats must be at least 2, got {args.repeats}")
+    args = record.parse_with_repeats(parser, argv)
     record.require_core()
 
     batch, normal, table = args.batch or networks.NETWORKS[args.net].batch, None, []
@@ -132,8 +129,8 @@ def main(argv: list[str] | None = None) -> None:
         speeds = [1e3 * batch / m for m in medians]
         share = f"{100 * measured.attack:.0f} %"
         table.append([method, *medians, medians[1] / medians[0], *relative, speeds[0], share])
-        mapped = f" map={args.map}" if args.map != "cam" and method.startswith("int") else ""
-        case = f"{args.net} {method}{mapped} N={batch}"
+        mapped = methods.map_of(method, args.map)
+        case = f"{args.net} {method}{f' map={mapped}' * (mapped != 'cam')} N={batch}"
         case += f"{f' {args.dtype}' * (args.dtype != 'fp32')} channels_last"
         notes = [[f"{speed:.4g} images/s"] for speed in speeds]
         for note, times in zip(notes, relative, strict=True):

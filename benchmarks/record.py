@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import platform
 import statistics
@@ -54,6 +55,14 @@ def commit() -> str:
     except FileNotFoundError:
         return "unknown"
     return done.stdout.strip() or "unknown"
+
+
+def parse_with_repeats(parser: argparse.ArgumentParser, argv: list[str] | None):
+    """The arguments, of which --repeats must be enough for ``quantiles``."""
+    args = parser.parse_args(argv)
+    if args.repeats < 2:
+        parser.error(f"--repeats must be at least 2, got {args.repeats}")
+    return args
 
 
 def quantiles(seconds: list[float]) -> dict[str, str]:

@@ -4,8 +4,8 @@
         [--csv FILE]
 
 Two runs, at once and with half of the threads each, which go on where they were stopped: from the
-initialisation, and from one that differs by 1e-7 of each weight. The distance
-between their ends is what rounding alone does to such a run; the distance to the released network
+initialisation, and from one that differs by 1e-7 of each weight. The distance between their ends is
+what rounding alone does to such a run; the distance to the released network
 (mnist_smallgap_METHOD_1.npz, where FOLDER has it) is to be read beside it. Both are relative: norm
 of the difference over norm of the first run's update, all weights together.
 """

@@ -210,9 +210,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, help="default: as the network is trained")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--csv", type=Path)
-    args = parser.parse_args(argv)
-    if args.repeats < 2:
-        parser.error(f"--repeats must be at least 2, got {args.repeats}")
+    args = record.parse_with_repeats(parser, argv)
     record.require_core()
     for name in args.nets:
         rows = measure(name, args.steps, args.dtype, args.batch, args.repeats)

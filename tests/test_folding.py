@@ -188,9 +188,13 @@ def test_it_is_made_again_when_the_network_has_changed(change):
         do(net)
         x = x.to(net.fc.weight.dtype)
         how = EXACT if x.dtype == torch.float64 else {}
-        with attacked(net, x) as model, attacked(net) as headed:
-            for logits in (model(x), headed(x)):
-                torch.testing.assert_close(logits, net(x), **how)
+        with attacked(net, x) as model:
+            torch.testing.assert_close(model(x), net(x), **how)
+        form = find_attack_form(net)  # its head is left as it is
+        assert (form is None) == (do is CHANGES["a hook"])
+        if form is not None:
+            with form.made() as run:
+                torch.testing.assert_close(run(x)[1], net(x), **how)
 
 
 def test_it_is_made_again_when_a_class_or_a_function_is_another_at_the_same_place(monkeypatch):
@@ -247,9 +251,10 @@ def test_it_keeps_no_parameters():
 
 def test_it_does_not_keep_a_network_alive():
     net, x = Switched(), torch.rand(2, 3, 8, 8, dtype=torch.float64)
-    for images in (x, None):
-        with attacked(net, images) as model:
-            model(x)
+    with attacked(net, x) as model:
+        model(x)
+    with find_attack_form(net).made() as model:
+        model(x)
     gone = [weakref.ref(each) for each in (net, net.fc, net.fc.weight, net.convs[1].weight)]
     del net, model
     gc.collect()

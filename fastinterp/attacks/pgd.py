@@ -302,13 +302,13 @@ class _Logits(nn.Module):
 
 
 @contextmanager
-def attacked(model: nn.Module, x: torch.Tensor | None = None) -> Iterator[nn.Module]:
+def attacked(model: nn.Module, x: torch.Tensor) -> Iterator[nn.Module]:
     """The model as an inner maximisation wants it: evaluation mode, no parameter gradients.
 
     Inside, the module that it gives computes the model's logits, in the form of fastinterp.folding
-    where there is one. With images x, (N, C, H, W), a linear head is folded too.
+    where there is one, with the head folded in where the model has CAM; x are images (N, C, H, W).
     """
-    network = None if x is None else find_cam_network(model, x)
+    network = find_cam_network(model, x)
     form = find_attack_form(model) if network is None else network.form
     if form is not None and form.fits():
         with form.made() as run:

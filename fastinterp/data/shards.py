@@ -81,17 +81,19 @@ def _samples(shard: Path, file: IO[bytes]) -> dict[str, dict[str, tuple[int, int
             # tarfile takes a damaged header for the end: after a real one there are only zeros.
             file.seek(tar.offset)
             end = file.read(tarfile.BLOCKSIZE)
-            if len(end) < tarfile.BLOCKSIZE or any(end.strip(b"\0") for end in _to_end(file, end)):
+            if end != bytes(tarfile.BLOCKSIZE) or not _only_zeros(file):
                 raise tarfile.ReadError(f"it breaks off, or is damaged, at byte {tar.offset:,}")
     except tarfile.TarError as error:
         raise DataError(f"{shard} is no sound tar file: {error}") from error
     return samples
 
 
-def _to_end(file: IO[bytes], block: bytes) -> Iterator[bytes]:
-    while block:
-        yield block
-        block = file.read(AT_ONCE)
+def _only_zeros(file: IO[bytes]) -> bool:
+    """Whether the rest of a file is zeros."""
+    while block := file.read(AT_ONCE):
+        if block.strip(b"\0"):
+            return False
+    return True
 
 
 def _place(member: tarfile.TarInfo) -> tuple[int, int]:

@@ -224,8 +224,7 @@ class Trainer:
     def choose_threads(self) -> None:
         """Sets the number of threads that a part of a batch is fastest with."""
         x, y = self.train.batch(slice(self.config.batch_size // self.config.accumulate))
-        x = x.contiguous(memory_format=self._format) if self.config.channels_last else x
-        choose_threads(self.model, x, y, self.config.amp)
+        choose_threads(self.model, self._laid_out(x), y, self.config.amp)
 
     def save(self) -> None:
         """Writes a checkpoint of the finished steps, if this is rank 0; waits for nobody.
@@ -402,7 +401,10 @@ class Trainer:
         if self._augmentation:
             size = self.config.batch_size
             x = self._augmentation(x, (self.config.seed, self.step), self.world.part(size), size)
-        return x.contiguous(memory_format=self._format) if self.config.channels_last else x, y
+        return self._laid_out(x), y
+
+    def _laid_out(self, x: torch.Tensor) -> torch.Tensor:
+        return x.contiguous(memory_format=self._format) if self.config.channels_last else x
 
     def _start(self, x: torch.Tensor, eps: float) -> torch.Tensor:
         """This process's part of the random start of the whole batch, so like in any world."""

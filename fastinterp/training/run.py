@@ -131,13 +131,12 @@ def execute(
     Raises:
         Interrupted, TrainingDiverged, DataError, DataWorkerDied, RankFailed: see Trainer.run.
     """
+    options, world = options or RunOptions(), world or World()
     threads = torch.get_num_threads()
     try:
         with StopRequest().listening() as stop:
-            trained = _train(
-                folder, config, data, device, resume, quiet, options or RunOptions(), world, stop
-            )
-            if world is not None and world.rank > 0:
+            trained = _train(folder, config, data, device, resume, quiet, options, world, stop)
+            if world.rank > 0:
                 return []
             results = _evaluate(trained, config, data, stop)
     finally:

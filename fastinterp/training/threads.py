@@ -29,6 +29,9 @@ def choose_threads(model: nn.Module, x: torch.Tensor, y: torch.Tensor, amp: str)
         x, y: a batch, int64 (N,) the labels.
         amp: "off" or "bf16", of TrainConfig.
     """
+    most = torch.get_num_threads()
+    if most == 1:
+        return
     trial = copy.deepcopy(model)
 
     def step():
@@ -37,7 +40,7 @@ def choose_threads(model: nn.Module, x: torch.Tensor, y: torch.Tensor, amp: str)
         loss.backward()
 
     with torch.random.fork_rng(devices=[]):
-        torch.set_num_threads(fastest(step, torch.get_num_threads()))
+        torch.set_num_threads(fastest(step, most))
 
 
 def fastest(step: Callable[[], None], most: int) -> int:
