@@ -29,12 +29,14 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
+        # An earlier cache may name tools of a build environment that is gone, or remember that
+        # there was no nvcc. Objects stay: the same command does not compile them again.
+        (build / "CMakeCache.txt").unlink(missing_ok=True)
+        for found in (build / "CMakeFiles").glob("[0-9]*"):  # what an earlier CMake found out
+            shutil.rmtree(found)
         configure = [
             "cmake",
             str(ROOT / "csrc"),
-            # An earlier cache may name tools of a build environment that is gone, or remember that
-            # there was no nvcc.
-            "--fresh",
             "-G",
             "Ninja",
             f"-DPython_EXECUTABLE={sys.executable}",

@@ -5,8 +5,9 @@
 The parts are timed one by one on the same batch: data (indexing uint8 images), one attack step's
 forward and backward pass times the steps, and the outer passes. CAM needs no second derivative, so
 there is no double backward pass. What a whole step takes beyond them is "the rest": preparing the
-attack, its sign steps, and Python. The floor is that of convolutions alone, each pass of which is
-timed by itself: F + D for an attack step, 2 (F + D + W) for x and x'.
+attack, its sign steps, and Python. Beside them stand the convolutions alone, as the network is
+written and torch computes them, each pass timed by itself: F + D for an attack step, 2 (F + D + W)
+for x and x'. A step may take less: attacks run the network in another form.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from fastinterp.data import Split
 from fastinterp.discrepancy import discrepancy
 from fastinterp.maps import CamNetwork
 from fastinterp.objectives import METHODS
+from fastinterp.regularizers._explained import RELEASED, ExplainedByCam
 from fastinterp.training.optimizer import create_optimizer
 
 EPS, STEP_SIZE, GAMMA = 8 / 255, 2 / 255, 0.01
@@ -71,14 +73,13 @@ class Step:
         """Forward and backward passes of the attack's gradient, without preparing it."""
         os.environ["FASTINTERP_FOLD"] = "on" if fold else "off"
         try:
-            with self.autocast(), self.network.attacked() as run:
-                with torch.no_grad():
-                    clean = run(self.x)[0]
+            explained = ExplainedByCam(RELEASED, None, self.net, self.x, self.y)
+            with self.autocast(), explained.attacked(None) as at:
                 for _ in range(3):
                     z = (self.x + self.start).requires_grad_()
                     begin = time.perf_counter()
-                    features, head, logits = run(z)
-                    value = discrepancy(clean, features, head, logits, self.y).sum()
+                    distance, _ = at(z)
+                    value = distance().sum()
                     middle = time.perf_counter()
                     torch.autograd.grad(value, z)
                     seconds["forward"].append(middle - begin)

@@ -74,6 +74,19 @@ struct CamDiscrepancy {
   void* scratch;  // cam_discrepancy_scratch_bytes(p) bytes, 64-byte aligned
 };
 
+// The weighted discrepancy of class maps and its slope in `maps`; formulas in cpu/map_discrepancy.cpp.
+struct MapDiscrepancy {
+  DType dtype;  // f32 or f64
+  std::int64_t examples, classes, pixels;  // N, K, P
+  const void* clean;                       // (P, K, N)
+  const void* maps;                        // (P, K, N)
+  const void* bias;                        // (K,) or null
+  const std::int64_t* y;                   // (N,)
+  void* distance;                          // (N,)
+  void* slope;                             // (P, K, N)
+  void* scratch;  // map_discrepancy_scratch_bytes(p) bytes, 64-byte aligned
+};
+
 // y = activation(weight (x - mean) rstd + bias + residual) and its first two derivatives; formulas in
 // batch_norm.h. "N C P" is (N, C, P) dense, or (N, P, C) when channels_last. Vectors are of
 // the accumulation type. A null input counts as zeros (weight: ones); a null output is not wanted.
@@ -240,6 +253,26 @@ struct MaxPool2d {
   void* scratch;  // max_pool2d_scratch_bytes(p) bytes, which may be none, 64-byte aligned
 };
 
+// A convolution or, when `adjoint`, the input gradient of one; formulas in cpu/conv2d.cpp. Tensors are
+// (H, W, C, N) dense, with at least 64 bytes of examples. Kernel, stride, padding and dilation are those of
+// the convolution either way; weight is read at o * weight_out + c * weight_in + taps * weight_tap.
+struct Conv2d {
+  DType dtype;  // f32 or f64
+  bool adjoint;
+  std::int64_t examples, in_channels, out_channels;
+  std::int64_t in_size[2], out_size[2];
+  std::int64_t kernel[2], stride[2], padding[2], dilation[2];
+  std::int64_t weight_out, weight_in, weight_tap[2];
+  const void* in;      // (h, w, in_channels, N)
+  const void* weight;
+  const void* bias;    // (out_channels,) or null
+  const void* gate;    // (H, W, out_channels, N) or null: out is zero where it is zero or less
+  bool relu;           // out is zero where it would be less
+  void* out;           // (H, W, out_channels, N)
+  int threads;
+  void* scratch;       // conv2d_scratch_bytes(p) bytes, 64-byte aligned
+};
+
 // gweight[o, i, j, c] = sum_p gy[p, o] x[window(p)[i, j], c]
 struct Conv2dWeightGrad {
   std::int64_t examples, channels, out_channels;                // N, C, O
@@ -267,9 +300,13 @@ struct KendallTau {
 namespace cpu {
 const char* instruction_set();  // the variant chosen at run time: "baseline", "avx2" or "avx512"
 void attack_step(const AttackStep& p);
+std::int64_t conv2d_scratch_bytes(const Conv2d& p);
+void conv2d(const Conv2d& p);
 std::int64_t cam_discrepancy_scratch_bytes(const CamDiscrepancy& p);
 void cam_discrepancy_forward(const CamDiscrepancy& p);
 void cam_discrepancy_backward(const CamDiscrepancy& p);
+std::int64_t map_discrepancy_scratch_bytes(const MapDiscrepancy& p);
+void map_discrepancy(const MapDiscrepancy& p);
 std::int64_t batch_norm_act_scratch_bytes(const BatchNormAct& p);
 void batch_norm_act_forward(const BatchNormAct& p);
 void batch_norm_act_backward(const BatchNormAct& p);

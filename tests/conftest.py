@@ -22,6 +22,11 @@ SHARED = ROOT.parent / "shared"
 sys.path.append(str(ROOT))  # for benchmarks; last, so that fastinterp is the installed one
 
 
+def pytest_collection_modifyitems(items):
+    # The longest by far goes first, so that no worker is left alone with it at the end.
+    items.sort(key=lambda item: item.path.name != "test_resources.py")
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

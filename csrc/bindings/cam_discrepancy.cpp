@@ -69,11 +69,32 @@ void cpu_cam_discrepancy_backward(int dtype, int norm, std::int64_t examples,
   cpu::cam_discrepancy_backward(p);
 }
 
+void map_discrepancy(int dtype, std::int64_t examples, std::int64_t classes, std::int64_t pixels,
+                     Address clean, Address maps, Address bias, Address y, Address distance,
+                     Address slope) {
+  MapDiscrepancy p{};
+  p.dtype = cpu_dtype(dtype);
+  p.examples = examples;
+  p.classes = classes;
+  p.pixels = pixels;
+  p.clean = pointer(clean);
+  p.maps = pointer(maps);
+  p.bias = pointer(bias);
+  p.y = static_cast<const std::int64_t*>(pointer(y));
+  p.distance = pointer(distance);
+  p.slope = pointer(slope);
+  py::gil_scoped_release release;
+  const Scratch scratch = allocate(cpu::map_discrepancy_scratch_bytes(p));
+  p.scratch = scratch.get();
+  cpu::map_discrepancy(p);
+}
+
 }  // namespace
 
 void bind_cam_discrepancy(py::module_& m) {
   m.def("cpu_cam_discrepancy_forward", &cpu_cam_discrepancy_forward);
   m.def("cpu_cam_discrepancy_backward", &cpu_cam_discrepancy_backward);
+  m.def("cpu_map_discrepancy", &map_discrepancy);
 }
 
 }  // namespace fastinterp

@@ -54,6 +54,14 @@ inline int thread_index() {
 #endif
 }
 
+inline int thread_count() {
+#ifdef _OPENMP
+  return omp_get_num_threads();
+#else
+  return 1;
+#endif
+}
+
 constexpr float smallest_normal(float) { return __FLT_MIN__; }
 constexpr double smallest_normal(double) { return __DBL_MIN__; }
 

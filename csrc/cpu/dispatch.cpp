@@ -81,6 +81,8 @@ std::int64_t conv2d_weight_grad_scratch_bytes(const Conv2dWeightGrad&) { return 
 void conv2d_weight_grad(const Conv2dWeightGrad&) {}
 #endif
 void attack_step(const AttackStep& p) { FI_CALL(attack_step(p)) }
+std::int64_t conv2d_scratch_bytes(const Conv2d& p) { FI_CALL(conv2d_scratch_bytes(p)) }
+void conv2d(const Conv2d& p) { FI_CALL(conv2d(p)) }
 std::int64_t kendall_tau_scratch_bytes(const KendallTau& p) {
   FI_CALL(kendall_tau_scratch_bytes(p))
 }
@@ -90,6 +92,10 @@ std::int64_t cam_discrepancy_scratch_bytes(const CamDiscrepancy& p) {
 }
 void cam_discrepancy_forward(const CamDiscrepancy& p) { FI_CALL(cam_discrepancy_forward(p)) }
 void cam_discrepancy_backward(const CamDiscrepancy& p) { FI_CALL(cam_discrepancy_backward(p)) }
+std::int64_t map_discrepancy_scratch_bytes(const MapDiscrepancy& p) {
+  FI_CALL(map_discrepancy_scratch_bytes(p))
+}
+void map_discrepancy(const MapDiscrepancy& p) { FI_CALL(map_discrepancy(p)) }
 std::int64_t batch_norm_act_scratch_bytes(const BatchNormAct& p) {
   FI_CALL(batch_norm_act_scratch_bytes(p))
 }

@@ -8,11 +8,15 @@
   namespace cpu {                                                      \
   namespace arch {                                                     \
   void attack_step(const AttackStep& p);                               \
+  std::int64_t conv2d_scratch_bytes(const Conv2d& p);                  \
+  void conv2d(const Conv2d& p);                                        \
   std::int64_t kendall_tau_scratch_bytes(const KendallTau& p);         \
   void kendall_tau(const KendallTau& p);                               \
   std::int64_t cam_discrepancy_scratch_bytes(const CamDiscrepancy& p); \
   void cam_discrepancy_forward(const CamDiscrepancy& p);               \
   void cam_discrepancy_backward(const CamDiscrepancy& p);              \
+  std::int64_t map_discrepancy_scratch_bytes(const MapDiscrepancy& p); \
+  void map_discrepancy(const MapDiscrepancy& p);                       \
   std::int64_t batch_norm_act_scratch_bytes(const BatchNormAct& p);    \
   void batch_norm_act_forward(const BatchNormAct& p);                  \
   void batch_norm_act_backward(const BatchNormAct& p);                 \

@@ -20,11 +20,21 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from fastinterp.folding.chain import Chain
 from fastinterp.folding.form import AttackForm, enabled
 from fastinterp.folding.memory import remembered
+from fastinterp.folding.parts import times_head
 from fastinterp.fusion.tracing import NotTraceable
 
-__all__ = ["AttackForm", "enabled", "find_attack_form", "make_attack_form", "remembered"]
+__all__ = [
+    "AttackForm",
+    "Chain",
+    "enabled",
+    "find_attack_form",
+    "make_attack_form",
+    "remembered",
+    "times_head",
+]
 
 
 def find_attack_form(model: nn.Module) -> AttackForm | None:

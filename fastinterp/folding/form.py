@@ -14,7 +14,8 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.utils import parametrize
 
 from fastinterp._state import attack_parameters
-from fastinterp.folding.parts import CONVOLUTIONS, cast, copied, fold_head, fold_norm
+from fastinterp.folding.chain import Chain, find_chain, mean_logits
+from fastinterp.folding.parts import CONVOLUTIONS, cast, copied, fold_norm, times_head
 from fastinterp.fusion import stock_type
 from fastinterp.fusion.layers import FusedConv2d, plain
 from fastinterp.fusion.sites import iadd
@@ -53,6 +54,8 @@ class AttackForm:
     Attributes:
         batch_norms: how many are folded into convolutions.
         tails: names of the convolutions that the head is folded into.
+        last: the convolution whose output the head alone reads, so that it may be part of it in
+            training; None where there is no such.
 
     Raises:
         NotTraceable: the reason why there is no such graph.
@@ -86,7 +89,10 @@ class AttackForm:
         self._fold_batch_norms()
         features = self._fold_head(x, *cam) if cam else None
         (output,) = (node for node in self._graph.nodes if node.op == "output")
-        output.args = ((features, output.args[0]),)
+        logits = output.args[0]
+        output.args = ((features, logits),)
+        folded = features in self._folded and logits.target is mean_logits
+        self._chain = find_chain(features, self._module) if folded else []
         self._kind: fx.GraphModule | None = None  # without its parts; code is generated once
 
     @property
@@ -96,6 +102,13 @@ class AttackForm:
     @property
     def tails(self) -> tuple[str, ...]:
         return tuple(self._modules[node] for node in self._graph.nodes if node in self._folded)
+
+    @property
+    def last(self) -> str | None:
+        if len(self._folded) != 1 or self._skips or self._norms.keys() & self._folded:
+            return None
+        (name,) = self.tails
+        return name if list(self._modules.values()).count(name) == 1 else None
 
     def fits(self) -> bool:
         """Whether it may stand for the model now: it is enabled, and the model has no hooks."""
@@ -120,6 +133,14 @@ class AttackForm:
         forward = self._model().__dict__.get("forward")
         if forward is not None:
             module.__dict__["forward"] = forward.surrogate(module.forward)
+        elif self._chain:
+            bias = parts.get("tensor_head_bias")
+            convolutions = [parts[link.convolution.target] for link in self._chain]
+            for each in convolutions:  # which a graph of its passes may outlive
+                if each.bias is not None:
+                    each._parameters["bias"] = each.bias.clone()
+            relus = [link.relu for link in self._chain]
+            module = Chain(module, convolutions, relus, bias)
         yield module
 
     # ---- the graph
@@ -182,7 +203,7 @@ class AttackForm:
                 bias = self._graph.create_node("get_attr", "tensor_head_bias")
                 self._tensors[bias] = f"{self._head}.bias"
         with self._graph.inserting_after(bias or last):
-            logits = self._graph.call_function(_logits, (maps, bias))
+            logits = self._graph.call_function(mean_logits, (maps, bias))
         last.replace_all_uses_with(logits)
         dead = [pools[0]]
         for node in dead:  # all that comes of the pooling led to the logits, and to nothing else
@@ -248,7 +269,7 @@ class AttackForm:
                     own = {key: tensors.get(f"{norm}.{key}") for key in ("weight", "bias")}
                     fold_norm(leaf, model.get_submodule(norm), own)
                 if node in self._folded:
-                    fold_head(leaf, head)
+                    leaf._parameters.update(times_head(leaf, head))
                     # Another kind of convolution would have other second derivatives.
                     kind = nn.Conv2d if type(leaf) is stock_type(leaf) else FusedConv2d
                 parts[node.target] = leaf
@@ -323,8 +344,3 @@ def _stock_classes(model: nn.Module) -> Iterator[None]:
 
 def _shape(node: fx.Node):
     return getattr(node.meta.get("tensor_meta"), "shape", None)
-
-
-def _logits(maps: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    logits = maps.mean((2, 3))
-    return logits if bias is None else logits + bias

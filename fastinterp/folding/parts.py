@@ -43,17 +43,17 @@ def fold_norm(leaf: nn.Module, norm: nn.Module, tensors: dict[str, torch.Tensor]
     leaf._parameters.update(weight=leaf.weight * scale[:, None, None, None], bias=shift)
 
 
-def fold_head(leaf: nn.Module, head: torch.Tensor) -> None:
-    """Has a convolution give the head, (K, C), times what it gives, (N, C, h, w)."""
-    weight = leaf.weight
+def times_head(convolution: nn.Module, head: torch.Tensor) -> dict[str, torch.Tensor]:
+    """With which parameters a convolution gives the head, (K, C), times what it gives now."""
+    weight = convolution.weight
     last = weight.is_contiguous(memory_format=torch.channels_last)
     product = (head @ weight.flatten(1)).view(len(head), *weight.shape[1:])
     # Copied, as contiguous() leaves the strides of a one-channel weight ambiguous.
-    leaf._parameters["weight"] = torch.empty_like(
-        product, memory_format=torch.channels_last if last else torch.contiguous_format
-    ).copy_(product)
-    if leaf.bias is not None:
-        leaf._parameters["bias"] = head @ leaf.bias
+    layout = torch.channels_last if last else torch.contiguous_format
+    tensors = {"weight": torch.empty_like(product, memory_format=layout).copy_(product)}
+    if convolution.bias is not None:
+        tensors["bias"] = head @ convolution.bias
+    return tensors
 
 
 def cast(parts: Iterable[nn.Module], dtype: torch.dtype) -> None:

@@ -8,15 +8,22 @@ Localization" (2016).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from fastinterp._checks import check_images
-from fastinterp._state import attack_parameters, eval_mode, substituted
-from fastinterp.folding import AttackForm, enabled, make_attack_form, remembered
+from fastinterp._state import attack_parameters, depends_on_mode, eval_mode, substituted
+from fastinterp.folding import (
+    AttackForm,
+    Chain,
+    enabled,
+    make_attack_form,
+    remembered,
+    times_head,
+)
 from fastinterp.maps._call import borrowed
 from fastinterp.maps._layers import UnsupportedModelError, is_global_pool
 from fastinterp.maps._target import at_least_float, parse
@@ -39,6 +46,21 @@ def _place(tensor: torch.Tensor) -> tuple[int, int, int]:
 def _last(model: nn.Module, wanted) -> tuple[str, nn.Module] | None:
     found = [(name, module) for name, module in model.named_modules() if wanted(module)]
     return found[-1] if found else None
+
+
+class Attacked:
+    """z -> (features, head, logits), what an inner maximisation sees of a CamNetwork."""
+
+    def __init__(self, run: Callable, head: torch.Tensor | None):
+        self._run, self._head = run, head
+
+    def __call__(self, z):
+        features, logits = self._run(z)
+        return features, self._head, logits
+
+    def ascend(self, x, y, clean, **how) -> torch.Tensor | None:
+        """See Chain.ascend; None where there are no kernels for it."""
+        return self._run.ascend(x, y, clean, **how) if isinstance(self._run, Chain) else None
 
 
 class CamNetwork:
@@ -77,9 +99,35 @@ class CamNetwork:
         with self._recorded() as run:
             return run(x)
 
+    def folds(self) -> bool:
+        """Whether ``folded`` can be entered."""
+        return (
+            self.form is not None
+            and self.form.last is not None
+            and self.form.fits()
+            and not depends_on_mode(self.model)
+            and not torch.is_autocast_enabled(self.head.weight.device.type)
+        )
+
     @contextmanager
-    def attacked(self) -> Iterator:
-        """Inside, a function z -> (features, head, logits) for the inner maximisation.
+    def folded(self) -> Iterator[None]:
+        """Inside, the features are the class maps, differentiable to the same parameters.
+
+        The last convolution computes W (conv(a) + b) = (W conv)(a) + W b: K channels instead of C,
+        in both passes and in the gradient of its weight.
+        """
+        name = self.form.last
+        parts = times_head(self.model.get_submodule(name), self.head.weight)
+        tensors = {f"{name}.{key}": tensor for key, tensor in parts.items()}
+        tensors[f"{self.head_name}.weight"] = torch.eye(
+            len(self.head.weight), dtype=self.head.weight.dtype, device=self.head.weight.device
+        )
+        with substituted(self.model, tensors):
+            yield
+
+    @contextmanager
+    def attacked(self) -> Iterator[Attacked]:
+        """Inside, an Attacked, z -> (features, head, logits), for the inner maximisation.
 
         Parameters are detached and the model is in evaluation mode. Where the head can be folded
         into what is pooled (see fastinterp.folding) the features are the class maps themselves and
@@ -88,29 +136,25 @@ class CamNetwork:
         if self.form is not None and self.form.fits():
             head = None if self.form.tails else self.head.weight.detach()
             with self.form.made() as run:
-
-                def attacked(z):
-                    features, logits = run(z)
-                    return features, head, logits
-
-                yield attacked
+                yield Attacked(run, head)
             return
         tensors = attack_parameters(self.model)
         head = tensors[f"{self.head_name}.weight"]
         with substituted(self.model, tensors), eval_mode(self.model), self._recorded() as run:
+            yield Attacked(run, head)
 
-            def attacked(z):
-                features, logits = run(z)
-                return features, head, logits
+    def attacked_features(self, features: torch.Tensor, folded: bool = False) -> torch.Tensor:
+        """The features that ``attacked`` would give where this network gives ``features``.
 
-            yield attacked
-
-    def attacked_features(self, features: torch.Tensor) -> torch.Tensor:
-        """The features that ``attacked`` would give where this network gives ``features``."""
+        Args:
+            folded: ``features`` are those that it gives inside ``folded``.
+        """
         features = features.detach()
         if self.form is None or not self.form.tails or not self.form.fits():
             return features
-        maps = torch.einsum("kc,nchw->nkhw", self.head.weight.detach(), features)
+        maps = features
+        if not folded:
+            maps = torch.einsum("kc,nchw->nkhw", self.head.weight.detach(), features)
         # einsum chooses strides of its own
         last = features.is_contiguous(memory_format=torch.channels_last)
         return maps.contiguous(

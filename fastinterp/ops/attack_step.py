@@ -117,7 +117,7 @@ def per_example(name: str, value: float | torch.Tensor, x: torch.Tensor) -> torc
             f"{name} must be a number or a tensor of shape () or ({len(x)},), "
             f"got {tuple(value.shape)}"
         )
-    if value.device.type == "cpu" and (value < 0).any():
+    if value.device.type == "cpu" and (value.item() < 0 if value.dim() == 0 else (value < 0).any()):
         raise ValueError(f"{name} must be >= 0, got {value.min().item()}")
     if value.requires_grad:
         raise ValueError(f"attack_step has no derivative with respect to {name}; detach it")

@@ -3,7 +3,8 @@
 Both kinds have ``clean(x)`` and ``moved(x')``, one pass of the model each, ``maps`` of such a pass,
 ``distance(clean, moved)`` per example, and ``attacked(clean)``: inside, a function z -> (a function
 that gives the distance, logits) in evaluation mode and without parameter gradients. There ``clean``
-is None where the model computes something else in its own mode.
+is None where the model computes something else in its own mode. The function may have an attribute
+``ascend``, see Chain.ascend, the whole maximisation of the distance where there are kernels for it.
 """
 
 from __future__ import annotations
@@ -47,6 +48,10 @@ def named_map(name: str, options: dict):
     return explain
 
 
+# The discrepancy of the released code.
+RELEASED = dict(classes="weighted", norm="l1", normalize="none")
+
+
 class Explained(NamedTuple):
     """What one pass of the model says about a batch, with its graph."""
 
@@ -60,24 +65,25 @@ def surrogate(model, beta):
 
 
 class ExplainedByCam:
-    """By class activation maps, which are compared without being made."""
+    """By class activation maps, which are compared without being made, or made without features."""
 
     def __init__(self, how, softplus_beta, model, x, y):
         self._how, self._beta, self._x, self._y = how, softplus_beta, x, y
         self._network = CamNetwork(model, x)
+        self._folded = self._network.folds()
+        self._head = None if self._folded else self._network.head.weight
 
     def clean(self, x) -> Explained:
-        return Explained(*self._network(x))
+        with self._network.folded() if self._folded else nullcontext():
+            return Explained(*self._network(x))
 
     moved = clean
 
     def maps(self, explained: Explained) -> torch.Tensor:
-        return class_maps(explained.compared, self._network.head.weight)
+        return class_maps(explained.compared, self._head)
 
     def distance(self, clean: Explained, moved: Explained) -> torch.Tensor:
-        return self._compare(
-            clean.compared, moved.compared, self._network.head.weight, moved.logits
-        )
+        return self._compare(clean.compared, moved.compared, self._head, moved.logits)
 
     def _compare(self, clean, features, head, logits):
         return discrepancy(clean, features, head, logits, self._y, **self._how)
@@ -90,12 +96,14 @@ class ExplainedByCam:
                 if clean is None or self._beta is not None:
                     clean_features = run(self._x)[0]
                 else:
-                    clean_features = network.attacked_features(clean.compared)
+                    clean_features = network.attacked_features(clean.compared, self._folded)
 
             def at(z):
                 features, head, logits = run(z)
                 return partial(self._compare, clean_features, features, head, logits), logits
 
+            if self._how == RELEASED:
+                at.ascend = partial(run.ascend, self._x, self._y, clean_features)
             yield at
 
 

@@ -207,7 +207,9 @@ class InterpretationRegularizer(nn.Module):
                             check_labels(labels, len(x), logits.shape[1], name)
                     return self._raised(distance, logits, y, attack_target)
 
-                x_adv = maximise(raised, x, eps=eps, start=start, **self._attack)
+                x_adv = self._ascend(at, y if validate else None, clean, eps, start)
+                if x_adv is None:
+                    x_adv = maximise(raised, x, eps=eps, start=start, **self._attack)
             clean = clean or clean_pass()
             with own() if counts == "x_adv" else nullcontext():
                 moved = explained.moved(x_adv)
@@ -216,6 +218,18 @@ class InterpretationRegularizer(nn.Module):
                 return value
             maps = (explained.maps(each) for each in (clean, moved))
             return value, Aux(x_adv, clean.logits, moved.logits, *maps)
+
+    def _ascend(self, at, y, clean, eps, start) -> torch.Tensor | None:
+        """What the maximisation gives, where there are kernels for all of it; y is checked."""
+        how = dict(self._attack)
+        plain = how.pop("norm") == "Linf" and how.pop("restarts") == 1
+        if not (plain and self.inner == "discrepancy" and clean is not None):
+            return None
+        if not hasattr(at, "ascend"):
+            return None
+        if y is not None:
+            check_labels(y, *clean.logits.shape)
+        return at.ascend(eps=eps, start=start, **how)
 
     @contextmanager
     def _attacked(self, explained, clean, model, x) -> Iterator:
