@@ -385,3 +385,88 @@ def test_what_cannot_be_traced_says_why(monkeypatch):
     monkeypatch.setenv("FASTINTERP_FOLD", "yes")
     with pytest.raises(ValueError, match="FASTINTERP_FOLD must be on or off, got 'yes'"):
         find_attack_form(net)
+
+
+class Tail(nn.Module):
+    """Two convolutions under a head; the last may be called twice or have something behind it."""
+
+    def __init__(self, twice=False, behind=None):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
+        self.pool, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(6, 4)
+        self.twice, self.behind = twice, behind or nn.Identity()
+
+    def forward(self, x):
+        x = self.a(x).relu()
+        x = self.b(self.b(x)) if self.twice else self.b(x)
+        return self.fc(self.pool(self.behind(x)).flatten(1))
+
+
+def widths_of(monkeypatch):
+    """Output channels of every convolution from now on."""
+    widths, conv2d = [], F.conv2d
+
+    def counted(x, weight, *rest):
+        widths.append(len(weight))
+        return conv2d(x, weight, *rest)
+
+    monkeypatch.setattr(F, "conv2d", counted)
+    return widths
+
+
+@pytest.mark.parametrize("last", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("frozen", [(), ("fc.weight",), ("b.weight", "a.bias")])
+def test_the_passes_that_are_differentiated_have_the_head_in_the_last_convolution(
+    frozen, last, monkeypatch
+):
+    net = Tail().eval().double().to(memory_format=last)
+    for name in frozen:
+        net.get_parameter(name).requires_grad_(False)
+    x, y = torch.rand(2, 3, 6, 5, dtype=torch.float64), torch.tensor([0, 3])
+    reg = fi.InterpretationRegularizer("cam", eps=0.1, step_size=0.05, steps=2)
+    start, sides = 0.1 * torch.rand_like(x) - 0.05, []
+    weights = [p.clone() for p in net.parameters()]
+    for fold in ("on", "off"):
+        monkeypatch.setenv("FASTINTERP_FOLD", fold)
+        with monkeypatch.context() as patch:
+            widths = widths_of(patch)
+            value, aux = reg(net, x, y, start=start, return_aux=True)
+        # two steps of the attack, then x and x'
+        assert widths.count(4) == (4 if fold == "on" else 0)
+        loss = value + F.cross_entropy(aux.logits, y) + aux.maps.square().sum()
+        net.zero_grad()
+        loss.backward()
+        sides.append([loss, *aux, *(p.grad for p in net.parameters() if p.requires_grad)])
+    assert all(p.grad is None for p in net.parameters() if not p.requires_grad)
+    assert all(torch.equal(a, b) for a, b in zip(weights, net.parameters(), strict=True))
+    torch.testing.assert_close(*sides, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Tail(twice=True).eval(),
+        lambda: Tail(behind=nn.Dropout(0.5)),
+        lambda: Tail(behind=nn.BatchNorm2d(6)),
+        lambda: Tail(behind=nn.BatchNorm2d(6)).eval(),
+        lambda: Tail(behind=nn.ReLU()).eval(),
+        lambda: create_model("wresnet", 3, 10),
+    ],
+    ids=["twice", "dropout", "batch norm", "batch norm, evaluated", "relu", "sum"],
+)
+def test_in_training_the_head_stays_where_it_is(make):
+    net, x = make(), torch.rand(2, 3, 8, 8)
+    assert not CamNetwork(net, x).folds()
+
+
+def test_in_training_the_head_stays_where_it_is_under_autocast_and_hooks(monkeypatch):
+    net, x = Tail(), torch.rand(2, 3, 8, 8)
+    assert not CamNetwork(net, x).folds()  # who knows what a class of somebody's does in training
+    assert CamNetwork(net.eval(), x).folds()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not CamNetwork(net, x).folds()
+    handle = net.b.register_forward_hook(lambda *_: None)
+    assert not CamNetwork(net, x).folds()
+    handle.remove()
+    monkeypatch.setenv("FASTINTERP_FOLD", "off")
+    assert not CamNetwork(net, x).folds()
