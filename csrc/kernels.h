@@ -254,8 +254,9 @@ struct MaxPool2d {
 };
 
 // A convolution or, when `adjoint`, the input gradient of one; formulas in cpu/conv2d.cpp. Tensors are
-// (H, W, C, N) dense, with at least 64 bytes of examples. Kernel, stride, padding and dilation are those of
-// the convolution either way; weight is read at o * weight_out + c * weight_in + taps * weight_tap.
+// (H, W, C, N) dense, with at least 64 bytes of examples; out is none of the others. Kernel, stride,
+// padding and dilation are those of the convolution either way; weight is read at
+// o * weight_out + c * weight_in + taps * weight_tap.
 struct Conv2d {
   DType dtype;  // f32 or f64
   bool adjoint;

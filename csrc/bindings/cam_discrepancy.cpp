@@ -69,9 +69,9 @@ void cpu_cam_discrepancy_backward(int dtype, int norm, std::int64_t examples,
   cpu::cam_discrepancy_backward(p);
 }
 
-void map_discrepancy(int dtype, std::int64_t examples, std::int64_t classes, std::int64_t pixels,
-                     Address clean, Address maps, Address bias, Address y, Address distance,
-                     Address slope) {
+void cpu_map_discrepancy(int dtype, std::int64_t examples, std::int64_t classes,
+                         std::int64_t pixels, Address clean, Address maps, Address bias, Address y,
+                         Address distance, Address slope) {
   MapDiscrepancy p{};
   p.dtype = cpu_dtype(dtype);
   p.examples = examples;
@@ -94,7 +94,7 @@ void map_discrepancy(int dtype, std::int64_t examples, std::int64_t classes, std
 void bind_cam_discrepancy(py::module_& m) {
   m.def("cpu_cam_discrepancy_forward", &cpu_cam_discrepancy_forward);
   m.def("cpu_cam_discrepancy_backward", &cpu_cam_discrepancy_backward);
-  m.def("cpu_map_discrepancy", &map_discrepancy);
+  m.def("cpu_map_discrepancy", &cpu_map_discrepancy);
 }
 
 }  // namespace fastinterp

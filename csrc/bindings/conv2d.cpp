@@ -7,7 +7,7 @@ using Pair = std::tuple<std::int64_t, std::int64_t>;
 
 void copy(const Pair& from, std::int64_t* to) { std::tie(to[0], to[1]) = from; }
 
-void batch_last(int dtype, bool adjoint, std::int64_t examples, std::int64_t in_channels,
+void cpu_conv2d(int dtype, bool adjoint, std::int64_t examples, std::int64_t in_channels,
                 std::int64_t out_channels, Pair in_size, Pair out_size, Pair kernel, Pair stride,
                 Pair padding, Pair dilation, std::int64_t weight_out, std::int64_t weight_in,
                 Pair weight_tap, Address in, Address weight, Address bias, Address gate,
@@ -69,7 +69,7 @@ void weight_grad(std::int64_t examples, std::int64_t channels, std::int64_t out_
 }  // namespace
 
 void bind_conv2d(py::module_& m) {
-  m.def("cpu_conv2d", &batch_last);
+  m.def("cpu_conv2d", &cpu_conv2d);
   m.attr("amx_bf16") = cpu::amx_bf16();
   if (cpu::amx_bf16()) m.def("cpu_conv2d_weight_grad", &weight_grad);
 }
