@@ -138,7 +138,6 @@ class Chain(nn.Module):
         maps = _Pass.apply(z, self).permute(3, 2, 0, 1)
         return maps, mean_logits(maps, self._bias)
 
-    @timed("attack")
     def ascend(
         self,
         x: torch.Tensor,
@@ -166,6 +165,10 @@ class Chain(nn.Module):
         labels = (y.dtype, y.device, y.shape) == (torch.int64, x.device, x.shape[:1])
         if not (one and labels and clean.dtype == x.dtype and self._takes(x)):
             return None
+        return self._ascend(x, y, clean, eps, step_size, steps, clip, start)
+
+    @timed("attack")
+    def _ascend(self, x, y, clean, eps, step_size, steps, clip, start) -> torch.Tensor:
         passes, code, threads = self.steps(x), DTYPE_CODES[x.dtype], torch.get_num_threads()
         centre = beside(x.detach())
         z = centre.clone() if start is None else centre + beside(start)
