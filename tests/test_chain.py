@@ -371,7 +371,7 @@ def test_an_attack_ends_where_it_did(calls, monkeypatch):
 
 
 def ascended(net, x, y, clean, **how):
-    """x' and the slope's sign along the way are in the iterate: of the kernels, and of torch."""
+    """x' as the kernels make it, and as maximise does."""
     how = dict(eps=0.2, step_size=0.03, steps=4, clip=(0.0, 1.0), start=None) | how
     network = CamNetwork(net, x)
     with network.attacked() as run:
@@ -448,6 +448,20 @@ def test_which_regularizers_are_maximised_in_the_kernels(change, kernels, calls)
     except (RuntimeError, TypeError):
         assert y.dtype == torch.int32
     assert ("cpu_map_discrepancy" in calls) is kernels
+
+
+def test_a_start_that_is_not_like_the_images_is_left_to_torch(calls):
+    net, x = create_model("small", 1, 10), torch.rand(16, 1, 28, 28)
+    y, how = torch.zeros(16).long(), dict(eps=0.1, step_size=0.05, steps=2, clip=None)
+    with CamNetwork(net, x).attacked() as run:
+        clean = run(x)[0].detach()
+        calls.clear()
+        for start in (x.double(), x.expand(16, 3, 28, 28), x[:1]):
+            assert run.ascend(x, y, clean, start=start, **how) is None
+        for other in (clean.double(), clean[:, :9], clean[:8]):
+            assert run.ascend(x, y, other, start=None, **how) is None
+        assert not calls
+        assert not run.ascend(x, y, clean, start=0.1 * x.requires_grad_(), **how).requires_grad
 
 
 def test_labels_are_checked_before_the_kernels_see_them():

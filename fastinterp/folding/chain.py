@@ -163,8 +163,14 @@ class Chain(nn.Module):
         eps, step_size = per_example("eps", eps, x), per_example("step_size", step_size, x)
         one = eps.dim() == step_size.dim() == 0
         labels = (y.dtype, y.device, y.shape) == (torch.int64, x.device, x.shape[:1])
-        if not (one and labels and clean.dtype == x.dtype and self._takes(x)):
+        if not (one and labels and self._takes(x)):
             return None
+        height, width, classes, examples = self.steps(x)[-1].out_size
+        if not _alike(clean, x, (examples, classes, height, width)):
+            return None
+        if start is not None and not _alike(start, x, x.shape):
+            return None
+        start = None if start is None else start.detach()
         return self._ascend(x, y, clean, eps, step_size, steps, clip, start)
 
     @timed("attack")
@@ -237,7 +243,7 @@ def _pays(steps: list[_Step]) -> bool:
     """Whether the kernel is faster: half of the products or more are where the vendor's is slow.
 
     Measured on 2 cores with AVX2 at N = 16, 50 and 128, the vendor's time over the kernel's, both
-    directions together: strided 4x4 kernels and those with fewer than 16 channels in or out 1.1 to
+    directions together: strided 4x4 kernels and those with fewer than 16 channels in or out 0.9 to
     2.8; others with 16 to 64 channels 0.6 to 0.9 and with 256 0.5 to 0.8, except for N = 16, 1.0 to
     1.5.
     """
@@ -258,6 +264,11 @@ def _traced(t: torch.Tensor) -> bool:
         or torch._C._functorch.is_legacy_batchedtensor(t)  # of is_grads_batched
         or forward_ad._current_level >= 0
     )
+
+
+def _alike(t: torch.Tensor, x: torch.Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether t has such a shape and the numbers of x, as the core takes for granted."""
+    return (tuple(t.shape), t.dtype, t.device) == (tuple(shape), x.dtype, x.device)
 
 
 def beside(t: torch.Tensor) -> torch.Tensor:

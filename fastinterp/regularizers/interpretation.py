@@ -222,7 +222,7 @@ class InterpretationRegularizer(nn.Module):
     def _ascend(self, at, y, clean, eps, start) -> torch.Tensor | None:
         """What the maximisation gives, where there are kernels for all of it; y is checked."""
         how = dict(self._attack)
-        plain = how.pop("norm") == "Linf" and how.pop("restarts") == 1
+        plain = (how.pop("norm"), how.pop("restarts")) == ("Linf", 1)
         if not (plain and self.inner == "discrepancy" and clean is not None):
             return None
         if not hasattr(at, "ascend"):
