@@ -74,17 +74,18 @@ struct CamDiscrepancy {
   void* scratch;  // cam_discrepancy_scratch_bytes(p) bytes, 64-byte aligned
 };
 
-// The weighted discrepancy of class maps and its slope in `maps`; formulas in cpu/map_discrepancy.cpp.
-struct MapDiscrepancy {
+// The slope in `maps` of cross_entropy CE + discrepancy D, of class maps whose means are the logits and
+// the weighted discrepancy of maps; formulas in cpu/map_objective.cpp.
+struct MapObjective {
   DType dtype;  // f32 or f64
+  double cross_entropy, discrepancy;       // weights
   std::int64_t examples, classes, pixels;  // N, K, P
-  const void* clean;                       // (P, K, N)
+  const void* clean;                       // (P, K, N), or null where D has no weight
   const void* maps;                        // (P, K, N)
   const void* bias;                        // (K,) or null
   const std::int64_t* y;                   // (N,)
-  void* distance;                          // (N,)
   void* slope;                             // (P, K, N)
-  void* scratch;  // map_discrepancy_scratch_bytes(p) bytes, 64-byte aligned
+  void* scratch;  // map_objective_scratch_bytes(p) bytes, 64-byte aligned
 };
 
 // y = activation(weight (x - mean) rstd + bias + residual) and its first two derivatives; formulas in
@@ -306,8 +307,8 @@ void conv2d(const Conv2d& p);
 std::int64_t cam_discrepancy_scratch_bytes(const CamDiscrepancy& p);
 void cam_discrepancy_forward(const CamDiscrepancy& p);
 void cam_discrepancy_backward(const CamDiscrepancy& p);
-std::int64_t map_discrepancy_scratch_bytes(const MapDiscrepancy& p);
-void map_discrepancy(const MapDiscrepancy& p);
+std::int64_t map_objective_scratch_bytes(const MapObjective& p);
+void map_objective(const MapObjective& p);
 std::int64_t batch_norm_act_scratch_bytes(const BatchNormAct& p);
 void batch_norm_act_forward(const BatchNormAct& p);
 void batch_norm_act_backward(const BatchNormAct& p);

@@ -9,9 +9,11 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.func import vmap
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn import functional as F
 
 import fastinterp as fi
 from fastinterp import _native
+from fastinterp._checks import values_unread
 from fastinterp.attacks import attacked, maximise, pgd
 from fastinterp.discrepancy import discrepancy
 from fastinterp.folding import chain as module
@@ -19,6 +21,7 @@ from fastinterp.folding.chain import Chain
 from fastinterp.maps import CamNetwork, softplus_surrogate
 from fastinterp.models import create_model
 from fastinterp.models._layers import SameConv2d
+from fastinterp.objectives import METHODS
 
 
 def chain(*layers, classes=3):
@@ -356,30 +359,45 @@ def test_an_attack_ends_where_it_did(calls, monkeypatch):
     x, y = torch.rand(9, 1, 28, 28, dtype=torch.float64), torch.arange(9)
     how = dict(eps=0.2, step_size=0.05, steps=5)
     found = pgd(net, x, y, **how)
-    assert calls
+    assert "cpu_map_objective" in calls
+    calls.clear()
     monkeypatch.setenv("FASTINTERP_BACKEND", "reference")
     torch.testing.assert_close(found, pgd(net, x, y, **how))
     reg = fi.InterpretationRegularizer("cam", **how)
     start = 0.1 * torch.rand_like(x)
     values = []
     for backend in ("reference", "auto"):
-        assert "cpu_map_discrepancy" not in calls
+        assert "cpu_map_objective" not in calls
         monkeypatch.setenv("FASTINTERP_BACKEND", backend)
         values.append(reg(copy.deepcopy(net), x, y, start=start))
-    assert "cpu_map_discrepancy" in calls
+    assert "cpu_map_objective" in calls
     torch.testing.assert_close(*values)
 
 
-def ascended(net, x, y, clean, **how):
+RAISED = dict(
+    discrepancy=dict(ce_weight=0.0, discrepancy_weight=1.0),
+    ce=dict(ce_weight=1.0),
+    both=dict(ce_weight=1.0, discrepancy_weight=0.01),
+)
+
+
+def ascended(net, x, y, clean, what="discrepancy", **how):
     """x' as the kernels make it, and as maximise does."""
     how = dict(eps=0.2, step_size=0.03, steps=4, clip=(0.0, 1.0), start=None) | how
-    network = CamNetwork(net, x)
+    network, weights = CamNetwork(net, x), RAISED[what]
+    compared = None if what == "ce" else clean
     with network.attacked() as run:
-        ours = run.ascend(x, y, clean, **how)
+        ours = run.ascend(x, y=y, clean=compared, **weights, **how)
 
         def raised(z):
             maps, head, logits = run(z)
-            return discrepancy(clean, maps, head, logits, y)
+            value = 0.0
+            if weights["ce_weight"]:
+                value = F.cross_entropy(logits, y, reduction="none")
+            if compared is not None:
+                distance = discrepancy(clean, maps, head, logits, y)
+                value = value + weights["discrepancy_weight"] * distance
+            return value
 
         return ours, maximise(raised, x, **how)
 
@@ -395,15 +413,16 @@ def ascended(net, x, y, clean, **how):
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("name", ["mnist small", "strides", "same, uneven"])
-def test_ascent_on_the_discrepancy(name, dtype, how, calls):
+@pytest.mark.parametrize("what", RAISED)
+def test_ascent(what, name, dtype, how, calls):
     torch.manual_seed(3)
     make, image = NETWORKS[name]
     net, x = make().to(dtype), torch.rand(17, *image).to(dtype)
     how |= dict(start=0.2 * torch.rand_like(x) - 0.1)
     y = torch.arange(17) % net[-1].out_features if name != "mnist small" else torch.arange(17) % 10
     clean = CamNetwork(net, x).attacked_features(CamNetwork(net, None)(x)[0])
-    ours, plain = ascended(net, x, y, clean, **how)
-    assert "cpu_map_discrepancy" in calls and not ours.requires_grad
+    ours, plain = ascended(net, x, y, clean, what, **how)
+    assert "cpu_map_objective" in calls and not ours.requires_grad
     # Where a gradient is zero but for rounding its sign may turn, in few places.
     off = (ours - plain).abs() > (1e-12 if dtype == torch.float64 else 1e-5)
     assert off.double().mean() < (1e-9 if dtype == torch.float64 else 0.01)
@@ -422,8 +441,29 @@ def test_at_no_distance_there_is_no_slope():
 def test_a_label_of_no_class_reads_nothing():
     net, x = create_model("small", 1, 10).double(), torch.rand(16, 1, 28, 28, dtype=torch.float64)
     clean = torch.zeros(16, 10, 7, 7, dtype=torch.float64)
-    ours, plain = ascended(net, x, torch.tensor([-1, 10] * 8), clean)
+    with values_unread():  # or it is refused
+        ours, plain = ascended(net, x, torch.tensor([-1, 10] * 8), clean)
     torch.testing.assert_close(ours, plain)
+
+
+@pytest.mark.parametrize("ahead", [-300.0, -60.0, -5.0, 5.0, 60.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_ascent_on_the_cross_entropy_of_a_network_that_is_sure(dtype, ahead):
+    """Where p rounds to 1 as torch does it: the class's own logit has no slope any more."""
+    net = chain(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 12, 3), classes=10).to(dtype)
+    with torch.no_grad():
+        net[-1].bias[3] += ahead
+    x, y = torch.rand(17, 1, 9, 8).to(dtype), torch.full((17,), 3)
+    ours, plain = ascended(net, x, y, None, "ce")
+    off = (ours - plain).abs() > 1e-5
+    assert off.double().mean() < 0.01 and (ours - x).abs().max() > 0.01
+
+
+def test_one_class_leaves_nothing_to_raise():
+    net = chain(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 3), classes=1).double()
+    x, y = torch.rand(9, 1, 8, 8, dtype=torch.float64), torch.zeros(9).long()
+    for z in ascended(net, x, y, None, "ce"):
+        assert torch.equal(z, x)
 
 
 @pytest.mark.parametrize(
@@ -434,20 +474,62 @@ def test_a_label_of_no_class_reads_nothing():
         (dict(norm="L2"), False),
         (dict(classes="one"), False),
         (dict(map_norm="l2"), False),
-        (dict(inner="ce+discrepancy"), False),
+        (dict(inner="ce+discrepancy"), True),
+        (dict(inner="ce"), True),
+        (dict(inner="ce", norm="L2"), False),
+        (dict(inner="ce", map="input_gradient"), True),
+        (dict(inner="ce", attack_target=torch.ones(16).long()), False),
         (dict(eps=torch.full((16,), 0.2)), False),
         (dict(y=torch.zeros(16, dtype=torch.int32)), False),
     ],
 )
 def test_which_regularizers_are_maximised_in_the_kernels(change, kernels, calls):
     net, x = create_model("small", 1, 10), torch.rand(16, 1, 28, 28)
+    change = dict(change)
     eps, y = change.pop("eps", 0.2), change.pop("y", torch.zeros(16).long())
-    reg = fi.InterpretationRegularizer("cam", eps=0.1, step_size=0.05, steps=2, **change)
+    target = change.pop("attack_target", None)
+    change = dict(map="cam") | change
+    reg = fi.InterpretationRegularizer(eps=0.1, step_size=0.05, steps=2, **change)
     try:
-        reg(net, x, y, eps=eps, start=0.1 * torch.rand_like(x), validate=False)
+        start = 0.1 * torch.rand_like(x)
+        reg(net, x, y, eps=eps, start=start, validate=False, attack_target=target)
     except (RuntimeError, TypeError):
         assert y.dtype == torch.int32
-    assert ("cpu_map_discrepancy" in calls) is kernels
+    assert ("cpu_map_objective" in calls) is kernels
+
+
+@pytest.mark.parametrize("method", ["adv", "int", "int-adv", "int2", "int2-adv"])
+def test_objectives_are_maximised_in_the_kernels(method, calls, monkeypatch):
+    net, x = create_model("small", 1, 10).double(), torch.rand(9, 1, 28, 28, dtype=torch.float64)
+    y, start = torch.arange(9), 0.1 * torch.rand_like(x)
+    losses = []
+    for backend in ("reference", "auto"):
+        assert "cpu_map_objective" not in calls
+        monkeypatch.setenv("FASTINTERP_BACKEND", backend)
+        objective = METHODS[method](copy.deepcopy(net), step_size=0.05, steps=4, gamma=0.1)
+        losses.append(objective(x, y, 0.2, start)[0])
+    assert calls.count("cpu_map_objective") == 1  # looked up once, called at every step
+    torch.testing.assert_close(*losses, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("change", "kernels"),
+    [
+        ({}, True),
+        (dict(random_start=True), True),
+        (dict(loss="margin"), False),
+        (dict(norm="L2"), False),
+        (dict(final_step_size=0.01), False),
+        (dict(target=torch.ones(16).long()), False),
+        (dict(restarts=2), False),
+        (dict(best=True), False),
+        (dict(early_stop=True), False),
+    ],
+)
+def test_which_pgd_is_done_in_the_kernels(change, kernels, calls):
+    net, x = create_model("small", 1, 10), torch.rand(16, 1, 28, 28)
+    pgd(net, x, torch.zeros(16).long(), eps=0.1, step_size=0.05, steps=2, **change)
+    assert ("cpu_map_objective" in calls) is kernels
 
 
 def test_a_start_that_is_not_like_the_images_is_left_to_torch(calls):
@@ -457,11 +539,12 @@ def test_a_start_that_is_not_like_the_images_is_left_to_torch(calls):
         clean = run(x)[0].detach()
         calls.clear()
         for start in (x.double(), x.expand(16, 3, 28, 28), x[:1]):
-            assert run.ascend(x, y, clean, start=start, **how) is None
+            assert run.ascend(x, y=y, clean=clean, start=start, **how) is None
         for other in (clean.double(), clean[:, :9], clean[:8]):
-            assert run.ascend(x, y, other, start=None, **how) is None
+            assert run.ascend(x, y=y, clean=other, start=None, **how) is None
         assert not calls
-        assert not run.ascend(x, y, clean, start=0.1 * x.requires_grad_(), **how).requires_grad
+        start = 0.1 * x.requires_grad_()
+        assert not run.ascend(x, y=y, clean=clean, start=start, **how).requires_grad
 
 
 def test_labels_are_checked_before_the_kernels_see_them():

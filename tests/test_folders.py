@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from fastinterp.cli import main
 from fastinterp.data import DataError, DataWorkerDied, DiskSplit, Split, disk, load_dataset
 from fastinterp.evaluation.results import fingerprint, images_fingerprint
 from fastinterp.models import create_model
@@ -311,6 +310,8 @@ def test_folders_that_are_no_data_set(tmp_path, change, error, message):
 
 
 def test_workers_of_data_sets_without(folder, capsys):
+    from fastinterp.cli import main  # not at the top: what it needs may not be where the GPU is
+
     for name in ("mnist", "cifar10", "digits"):
         with pytest.raises(ValueError, match=f"workers must be left out with {name}, which is"):
             load_dataset(name, workers=2)
@@ -321,6 +322,8 @@ def test_workers_of_data_sets_without(folder, capsys):
 
 
 def test_commands_read_images_from_disk(tmp_path, folder, monkeypatch, capsys):
+    from fastinterp.cli import main  # not at the top: what it needs may not be where the GPU is
+
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(disk, "_fit_memory", lambda images: False)
     net = create_model("small", 3, 3)

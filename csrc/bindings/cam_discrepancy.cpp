@@ -69,11 +69,13 @@ void cpu_cam_discrepancy_backward(int dtype, int norm, std::int64_t examples,
   cpu::cam_discrepancy_backward(p);
 }
 
-void cpu_map_discrepancy(int dtype, std::int64_t examples, std::int64_t classes,
-                         std::int64_t pixels, Address clean, Address maps, Address bias, Address y,
-                         Address distance, Address slope) {
-  MapDiscrepancy p{};
+void cpu_map_objective(int dtype, double cross_entropy, double discrepancy, std::int64_t examples,
+                       std::int64_t classes, std::int64_t pixels, Address clean, Address maps,
+                       Address bias, Address y, Address slope) {
+  MapObjective p{};
   p.dtype = cpu_dtype(dtype);
+  p.cross_entropy = cross_entropy;
+  p.discrepancy = discrepancy;
   p.examples = examples;
   p.classes = classes;
   p.pixels = pixels;
@@ -81,12 +83,11 @@ void cpu_map_discrepancy(int dtype, std::int64_t examples, std::int64_t classes,
   p.maps = pointer(maps);
   p.bias = pointer(bias);
   p.y = static_cast<const std::int64_t*>(pointer(y));
-  p.distance = pointer(distance);
   p.slope = pointer(slope);
   py::gil_scoped_release release;
-  const Scratch scratch = allocate(cpu::map_discrepancy_scratch_bytes(p));
+  const Scratch scratch = allocate(cpu::map_objective_scratch_bytes(p));
   p.scratch = scratch.get();
-  cpu::map_discrepancy(p);
+  cpu::map_objective(p);
 }
 
 }  // namespace
@@ -94,7 +95,7 @@ void cpu_map_discrepancy(int dtype, std::int64_t examples, std::int64_t classes,
 void bind_cam_discrepancy(py::module_& m) {
   m.def("cpu_cam_discrepancy_forward", &cpu_cam_discrepancy_forward);
   m.def("cpu_cam_discrepancy_backward", &cpu_cam_discrepancy_backward);
-  m.def("cpu_map_discrepancy", &cpu_map_discrepancy);
+  m.def("cpu_map_objective", &cpu_map_objective);
 }
 
 }  // namespace fastinterp

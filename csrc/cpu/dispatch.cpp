@@ -92,10 +92,10 @@ std::int64_t cam_discrepancy_scratch_bytes(const CamDiscrepancy& p) {
 }
 void cam_discrepancy_forward(const CamDiscrepancy& p) { FI_CALL(cam_discrepancy_forward(p)) }
 void cam_discrepancy_backward(const CamDiscrepancy& p) { FI_CALL(cam_discrepancy_backward(p)) }
-std::int64_t map_discrepancy_scratch_bytes(const MapDiscrepancy& p) {
-  FI_CALL(map_discrepancy_scratch_bytes(p))
+std::int64_t map_objective_scratch_bytes(const MapObjective& p) {
+  FI_CALL(map_objective_scratch_bytes(p))
 }
-void map_discrepancy(const MapDiscrepancy& p) { FI_CALL(map_discrepancy(p)) }
+void map_objective(const MapObjective& p) { FI_CALL(map_objective(p)) }
 std::int64_t batch_norm_act_scratch_bytes(const BatchNormAct& p) {
   FI_CALL(batch_norm_act_scratch_bytes(p))
 }

@@ -15,8 +15,8 @@
   std::int64_t cam_discrepancy_scratch_bytes(const CamDiscrepancy& p); \
   void cam_discrepancy_forward(const CamDiscrepancy& p);               \
   void cam_discrepancy_backward(const CamDiscrepancy& p);              \
-  std::int64_t map_discrepancy_scratch_bytes(const MapDiscrepancy& p); \
-  void map_discrepancy(const MapDiscrepancy& p);                       \
+  std::int64_t map_objective_scratch_bytes(const MapObjective& p);     \
+  void map_objective(const MapObjective& p);                           \
   std::int64_t batch_norm_act_scratch_bytes(const BatchNormAct& p);    \
   void batch_norm_act_forward(const BatchNormAct& p);                  \
   void batch_norm_act_backward(const BatchNormAct& p);                 \

@@ -13,7 +13,7 @@ from fastinterp._checks import check_attack, check_images, check_labels
 from fastinterp._state import attack_parameters, eval_mode, substituted
 from fastinterp._timing import timed
 from fastinterp.attacks.losses import LOSSES, beaten, loss_function
-from fastinterp.folding import find_attack_form
+from fastinterp.folding import Chain, find_attack_form
 from fastinterp.maps import find_cam_network
 from fastinterp.ops.attack_step import attack_step, columns, per_example
 
@@ -73,7 +73,9 @@ def maximise(
         objective: maps a perturbed batch to one value per example, (N,), or to a pair of these and
             booleans (N,), whether the example is beaten there. Examples must not influence one
             another. With ``early_stop`` it gives the pair and is called (z, rows), rows int64
-            being the examples that are left in z.
+            being the examples that are left in z. An attribute ``ascend`` of it, called as
+            ascend(x, eps=, step_size=, steps=, clip=, start=), is a whole ascent by kernels that
+            know the objective; it gives the last iterate, or None where they do not do it.
         x: (N, ...), the centre.
         eps, step_size: in units of x; numbers, or tensors of shape () or (N,).
         steps: number of gradient steps.
@@ -96,6 +98,11 @@ def maximise(
         raise RuntimeError("an attack needs gradients: call it outside torch.inference_mode()")
     if restarts < 1:
         raise ValueError(f"restarts must be at least 1, got {restarts}")
+    plain = norm == "Linf" and final_step_size is None and step is attack_step
+    if plain and restarts == 1 and not (best or early_stop) and hasattr(objective, "ascend"):
+        z = objective.ascend(x, eps=eps, step_size=step_size, steps=steps, clip=clip, start=start)
+        if z is not None:
+            return z
     centre = x.detach()
     radii = per_example("eps", eps, centre)
     sizes = [per_example("step_size", step_size, centre)] * steps
@@ -270,6 +277,8 @@ def pgd(
                 return raised(f, y[rows], classes)
             return raised(f, y[rows], classes), beaten(f, classes, targeted=target is not None)
 
+        if loss == "ce" and target is None and hasattr(logits, "ascend"):
+            objective.ascend = partial(logits.ascend, y=y)
         return maximise(
             objective,
             x,
@@ -299,6 +308,21 @@ class _Logits(nn.Module):
 
     def forward(self, x):
         return self.run(x)[1]
+
+    def ascend(self, x, **how) -> torch.Tensor | None:
+        """See Chain.ascend; None where there are no kernels for it."""
+        return self.run.ascend(x, **how) if isinstance(self.run, Chain) else None
+
+
+def cross_entropy(logits: nn.Module, y: torch.Tensor) -> Callable:
+    """What ``maximise`` wants to raise the cross-entropy of what ``attacked`` gave."""
+
+    def raised(z):
+        return nn.functional.cross_entropy(logits(z), y, reduction="none")
+
+    if hasattr(logits, "ascend"):
+        raised.ascend = partial(logits.ascend, y=y)
+    return raised
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 The images lie side by side in memory, (H, W, C, N), where csrc/cpu/conv2d.cpp loses nothing to the
 shapes of small networks, to padding or to the ReLUs. A pass is as many calls of the core as there
 are convolutions. Those of MNIST Small take a third of a millisecond each, of which autograd and the
-dispatcher would take a third again, so the whole maximisation of the discrepancy does without them.
+dispatcher would take a third again, so a whole maximisation of what the paper raises does without.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fastinterp import _native
-from fastinterp._timing import timed
+from fastinterp._checks import check_labels
 from fastinterp.fusion import stock_type
 from fastinterp.models._layers import SameConv2d, same_padding
 from fastinterp.ops._backend import DTYPE_CODES, addresses
@@ -142,39 +142,46 @@ class Chain(nn.Module):
         self,
         x: torch.Tensor,
         y: torch.Tensor,
-        clean: torch.Tensor,
+        clean: torch.Tensor | None = None,
         *,
+        ce_weight: float = 1.0,
+        discrepancy_weight: float = 0.0,
         eps: float | torch.Tensor,
         step_size: float | torch.Tensor,
         steps: int,
         clip: tuple[float, float] | None,
         start: torch.Tensor | None,
     ) -> torch.Tensor | None:
-        """Projected ascent, in the Linf ball, on the weighted l1 discrepancy.
+        """Projected ascent, in the Linf ball, on a CE + b D, D the weighted l1 discrepancy.
 
         Args:
             x, eps, step_size, steps, clip, start: of attacks.maximise, whose last iterate it gives.
             y: classes, int64 (N,).
-            clean: the maps of x, (N, K, h, w).
+            clean: the maps of x, (N, K, h, w); None where D has no weight.
+            ce_weight, discrepancy_weight: a and b.
 
         Returns:
             (N, C, H, W), detached, or None where the kernels do not do it.
+
+        Raises:
+            ValueError: y is out of range.
         """
+        if not self._takes(x) or (y.dtype, y.device.type) != (torch.int64, "cpu"):
+            return None
         eps, step_size = per_example("eps", eps, x), per_example("step_size", step_size, x)
-        one = eps.dim() == step_size.dim() == 0
-        labels = (y.dtype, y.device, y.shape) == (torch.int64, x.device, x.shape[:1])
-        if not (one and labels and self._takes(x)):
+        if eps.dim() > 0 or step_size.dim() > 0:
             return None
         height, width, classes, examples = self.steps(x)[-1].out_size
-        if not _alike(clean, x, (examples, classes, height, width)):
+        if clean is not None and not _alike(clean, x, (examples, classes, height, width)):
             return None
         if start is not None and not _alike(start, x, x.shape):
             return None
+        check_labels(y, examples, classes)
         start = None if start is None else start.detach()
-        return self._ascend(x, y, clean, eps, step_size, steps, clip, start)
+        weights = float(ce_weight), float(discrepancy_weight)
+        return self._ascend(x, y, clean, weights, eps, step_size, steps, clip, start)
 
-    @timed("attack")
-    def _ascend(self, x, y, clean, eps, step_size, steps, clip, start) -> torch.Tensor:
+    def _ascend(self, x, y, clean, weights, eps, step_size, steps, clip, start) -> torch.Tensor:
         passes, code, threads = self.steps(x), DTYPE_CODES[x.dtype], torch.get_num_threads()
         centre = beside(x.detach())
         z = centre.clone() if start is None else centre + beside(start)
@@ -183,15 +190,15 @@ class Chain(nn.Module):
         values = [z, *(z.new_empty(step.out_size) for step in passes)]
         slopes = [torch.empty_like(each) for each in values]
         # Named, as the core sees no more than where they are.
-        distance, clean, y = z.new_empty(len(x)), beside(clean.detach()), y.contiguous()
+        clean, y = None if clean is None else beside(clean.detach()), y.contiguous()
 
         calls = [
             _call(passes[i], False, values[i], values[i + 1], threads) for i in range(len(passes))
         ]
         height, width, classes, examples = values[-1].shape
-        tensors = addresses(clean, values[-1], self._bias, y, distance, slopes[-1])
-        sizes = code, examples, classes, height * width
-        calls.append((_native.core.cpu_map_discrepancy, (*sizes, *tensors)))
+        tensors = addresses(clean, values[-1], self._bias, y, slopes[-1])
+        sizes = code, *weights, examples, classes, height * width
+        calls.append((_native.core.cpu_map_objective, (*sizes, *tensors)))
         for i in reversed(range(len(passes))):
             gate = values[i] if i > 0 and passes[i - 1].relu else None
             calls.append(_call(passes[i], True, slopes[i + 1], slopes[i], threads, gate))

@@ -58,9 +58,9 @@ class Attacked:
         features, logits = self._run(z)
         return features, self._head, logits
 
-    def ascend(self, x, y, clean, **how) -> torch.Tensor | None:
+    def ascend(self, x, **how) -> torch.Tensor | None:
         """See Chain.ascend; None where there are no kernels for it."""
-        return self._run.ascend(x, y, clean, **how) if isinstance(self._run, Chain) else None
+        return self._run.ascend(x, **how) if isinstance(self._run, Chain) else None
 
 
 class CamNetwork:

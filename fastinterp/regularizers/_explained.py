@@ -4,7 +4,7 @@ Both kinds have ``clean(x)`` and ``moved(x')``, one pass of the model each, ``ma
 ``distance(clean, moved)`` per example, and ``attacked(clean)``: inside, a function z -> (a function
 that gives the distance, logits) in evaluation mode and without parameter gradients. There ``clean``
 is None where the model computes something else in its own mode. The function may have an attribute
-``ascend``, see Chain.ascend, the whole maximisation of the distance where there are kernels for it.
+``ascend``: Chain.ascend, but for x and the weights of what is raised.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class ExplainedByCam:
                 return partial(self._compare, clean_features, features, head, logits), logits
 
             if self._how == RELEASED:
-                at.ascend = partial(run.ascend, self._x, self._y, clean_features)
+                at.ascend = partial(run.ascend, y=self._y, clean=clean_features)
             yield at
 
 

@@ -196,7 +196,7 @@ class InterpretationRegularizer(nn.Module):
             # Of a model that depends on its mode the maximisation uses another clean pass, and this
             # one comes after, as it moves running statistics.
             clean = None if depends_on_mode(model) else clean_pass()
-            with self._attacked(explained, clean, model, x) as at:
+            with self._attacked(explained, clean, model, x, y) as at:
                 unchecked = {"y": y, "attack_target": attack_target} if validate else {}
 
                 def raised(z):
@@ -207,9 +207,9 @@ class InterpretationRegularizer(nn.Module):
                             check_labels(labels, len(x), logits.shape[1], name)
                     return self._raised(distance, logits, y, attack_target)
 
-                x_adv = self._ascend(at, y if validate else None, clean, eps, start)
-                if x_adv is None:
-                    x_adv = maximise(raised, x, eps=eps, start=start, **self._attack)
+                if hasattr(at, "ascend") and attack_target is None:
+                    raised.ascend = partial(at.ascend, **self._weights())
+                x_adv = maximise(raised, x, eps=eps, start=start, **self._attack)
             clean = clean or clean_pass()
             with own() if counts == "x_adv" else nullcontext():
                 moved = explained.moved(x_adv)
@@ -219,27 +219,28 @@ class InterpretationRegularizer(nn.Module):
             maps = (explained.maps(each) for each in (clean, moved))
             return value, Aux(x_adv, clean.logits, moved.logits, *maps)
 
-    def _ascend(self, at, y, clean, eps, start) -> torch.Tensor | None:
-        """What the maximisation gives, where there are kernels for all of it; y is checked."""
-        how = dict(self._attack)
-        plain = (how.pop("norm"), how.pop("restarts")) == ("Linf", 1)
-        if not (plain and self.inner == "discrepancy" and clean is not None):
-            return None
-        if not hasattr(at, "ascend"):
-            return None
-        if y is not None:
-            check_labels(y, *clean.logits.shape)
-        return at.ascend(eps=eps, start=start, **how)
+    def _weights(self) -> dict[str, float]:
+        """Of what the maximisation raises."""
+        if self.inner == "ce":
+            return dict(ce_weight=1.0)
+        ce = 1.0 if self.inner == "ce+discrepancy" else 0.0
+        return dict(ce_weight=ce, discrepancy_weight=self.inner_weight if ce else 1.0)
 
     @contextmanager
-    def _attacked(self, explained, clean, model, x) -> Iterator:
+    def _attacked(self, explained, clean, model, x, y) -> Iterator:
         """As ``explained.attacked``, but without explanations where nothing needs them."""
         if self.inner != "ce":
             with explained.attacked(clean) as at:
                 yield at
         else:
             with surrogate(model, self._beta), attacked(model, x) as logits:
-                yield lambda z: (None, logits(z))
+
+                def at(z):
+                    return None, logits(z)
+
+                if hasattr(logits, "ascend"):
+                    at.ascend = partial(logits.ascend, y=y)
+                yield at
 
     def _raised(self, distance, logits, y, attack_target):
         """What the maximisation raises, per example; ``distance`` is a function that gives D."""
