@@ -9,15 +9,15 @@
 #   train     MNIST Small Int: eager, fastinterp, and both as a CUDA graph
 #   sanitize  compute-sanitizer: memcheck, racecheck, initcheck
 #
-# Each part builds the core in place and ends within ten minutes. Needs torch, triton, pybind11,
-# cmake, ninja, numpy, safetensors, tabulate, scipy and pytest. $OUT (default benchmarks/results) gets
-# gpu.csv, traffic.csv, machine.log and a log for each part. REHEARSE=1 runs the same on a CPU, tiny
-# and with Triton's interpreter, into build/rehearsal.
+# Each part builds the core in place and ends within ten minutes. Needs torch, torchvision, triton,
+# pybind11, cmake, ninja, numpy, Pillow, safetensors, tabulate, scipy and pytest. $OUT (default
+# benchmarks/results) gets gpu.csv, traffic.csv, machine.log and a log for each part. REHEARSE=1 runs
+# the same on a CPU, tiny and with Triton's interpreter, into build/rehearsal.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 rehearse=${REHEARSE:-}
 part=all
-[ "${1:-}" = --part ] && part=${2:-}
+if [ $# -gt 0 ]; then [ "$1" = --part ] && part=${2:-} || part=$1; fi
 case $part in all | quick | ops | steps | train | sanitize) ;; *)
   echo "gpu.sh: --part must be quick, ops, steps, train or sanitize, got '$part'" >&2; exit 2 ;;
 esac
@@ -31,10 +31,10 @@ if [ -n "$rehearse" ]; then device=cpu; export TRITON_INTERPRET=1; fi
 # step NAME SECONDS COMMAND...: runs it with its output in the part's log, keeps going when it fails;
 # no longer than so many seconds and than its part has left
 step() {
-  local name=$1 most=$2 left=$((585 - SECONDS + began)); shift 2
+  local name=$1 most=$2 left=$((570 - SECONDS + began)); shift 2
   if [ "$left" -lt 5 ]; then echo "-- $name: no time left"; failed+=("$name"); return; fi
   local from=$SECONDS rc=0
-  echo "== $name" >>"$log"
+  printf '\n== %s\n' "$name" >>"$log"
   timeout -k 5 "$((left < most ? left : most))" "$@" >>"$log" 2>&1 || rc=$?
   echo "-- $name: exit $rc, $((SECONDS - from)) s, $(shown "$name" | tail -1 | cut -c1-150)"
   [ $rc = 0 ] || failed+=("$name")
@@ -45,7 +45,7 @@ shown() { awk -v head="== $1" '/^== /{on = $0 == head; next} on && NF' "$log"; }
 
 require() {
   local missing=()
-  for module in torch triton pybind11 numpy safetensors tabulate scipy pytest; do
+  for module in torch torchvision triton pybind11 numpy PIL safetensors tabulate scipy pytest; do
     "$python" -c "import $module" 2>/dev/null || missing+=("python package $module")
   done
   for tool in cmake ninja; do command -v $tool >/dev/null || missing+=("$tool"); done
@@ -113,12 +113,12 @@ steps() {
   for net in "${nets[@]}"; do  # compilers, for as long as there is time
     run_step "$net" bf16 ours-graph,eager,compile,make_fx,jax 150 -compiled
   done
-  grep -vE '^ *$' "$log" | grep -vi warn
+  awk '/^== /{on = $0 ~ /^== step-/} on && NF' "$log" | grep -vi warn
 }
 
-# train [STEPS]
+# train [STEPS SECONDS]
 train() {
-  step train 500 "$python" -m benchmarks.train_step --device $device --csv "$csv" \
+  step train "${2:-500}" "$python" -m benchmarks.train_step --device $device --csv "$csv" \
     --steps "$([ -n "$rehearse" ] && echo 2 || echo "${1:-200}")" ${DATA_DIR:+--data-dir "$DATA_DIR"}
   shown train
 }
@@ -140,7 +140,7 @@ sanitize() {
 # In the order of what one would miss most.
 quick() {
   gpu_tests
-  train 40
+  train 40 120
   bandwidth
   run_step resnet18-cifar bf16 ours,ours-graph,eager,eager-format,eager-graph 60
   shown step-resnet18-cifar-bf16
@@ -150,12 +150,13 @@ quick() {
 require
 [ "$part" = all ] && parts=(ops steps train sanitize) || parts=("$part")
 for part in "${parts[@]}"; do
-  began=$SECONDS log=$out/$part.log
+  log=$out/$part.log
   : >"$log"
   echo "== $part"
   build
   "$part"
+  began=$SECONDS
 done
 echo "== table"
-[ -f "$csv" ] && "$python" -m benchmarks.tables --print --csv "$csv"
+if [ -f "$csv" ]; then "$python" -m benchmarks.tables --print --csv "$csv" || failed+=(table); fi
 [ ${#failed[@]} = 0 ] && echo "all passed" || { echo "failed: ${failed[*]}"; exit 1; }

@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from fastinterp._checks import values_unread
 from fastinterp._state import uncounted
 from fastinterp.attacks import attacked, maximise
-from fastinterp.attacks.pgd import cross_entropy
+from fastinterp.attacks.pgd import as_cross_entropy
 from fastinterp.fusion import fuse
 from fastinterp.maps._target import parse
 from fastinterp.maps.integrated import along_path
@@ -130,8 +130,10 @@ class Normal(Objective):
 class Adv(Objective):
     def forward(self, x, y, eps, start):
         if not _nothing_to_maximise(eps):
-            with attacked(self.model, x) as logits:
-                raised = cross_entropy(logits, y)
+            with values_unread(), attacked(self.model, x) as logits:
+                raised = as_cross_entropy(
+                    lambda z: F.cross_entropy(logits(z), y, reduction="none"), logits, y
+                )
                 x = maximise(raised, x, eps=eps, start=start, **self._attack)
         return self._ce(self.model(x), y), {}
 

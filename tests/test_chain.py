@@ -512,6 +512,45 @@ def test_objectives_are_maximised_in_the_kernels(method, calls, monkeypatch):
     torch.testing.assert_close(*losses, rtol=1e-9, atol=1e-9)
 
 
+def test_adv_ignores_the_labels_that_its_cross_entropy_ignores(calls, monkeypatch):
+    net, x = create_model("small", 1, 10).double(), torch.rand(9, 1, 28, 28, dtype=torch.float64)
+    y = torch.arange(9)
+    y[3] = -100
+    losses = []
+    for backend in ("reference", "auto"):
+        monkeypatch.setenv("FASTINTERP_BACKEND", backend)
+        objective = METHODS["adv"](net, step_size=0.05, steps=4)
+        losses.append(objective(x, y, 0.2, torch.zeros_like(x))[0])
+    assert "cpu_map_objective" in calls
+    torch.testing.assert_close(*losses, rtol=1e-9, atol=1e-9)
+
+
+def test_the_images_keep_their_layout(calls, monkeypatch):
+    net, y = create_model("small", 3, 10), torch.zeros(16).long()
+    x = torch.rand(16, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    strides = []
+    for backend in ("reference", "auto"):
+        monkeypatch.setenv("FASTINTERP_BACKEND", backend)
+        strides.append(pgd(net, x, y, eps=0.1, step_size=0.05, steps=2).stride())
+    assert "cpu_map_objective" in calls and strides[0] == strides[1]
+
+
+def test_a_method_of_the_model_is_not_taken_for_ours():
+    class Branches(nn.Module):  # which torch.fx cannot trace
+        def __init__(self):
+            super().__init__()
+            self.net = create_model("small", 1, 10)
+
+        def ascend(self, *args, **kwargs):
+            raise AssertionError
+
+        def forward(self, x):
+            return self.net(x) if x.sum() > 0 else self.net(-x)
+
+    x = torch.rand(16, 1, 28, 28)
+    assert pgd(Branches(), x, torch.zeros(16).long(), eps=0.1, step_size=0.1, steps=1).ne(x).any()
+
+
 @pytest.mark.parametrize(
     ("change", "kernels"),
     [

@@ -24,13 +24,13 @@ void slope_of(const MapObjective& p) {
   T* size = static_cast<T*>(p.scratch);
   T *weight = size + K * N, *shift = weight + K * N;
   T *largest = shift + K * N, *own = largest + N, *total = own + N, *mean = total + N;
-  const bool compared = clean != nullptr;
 
   for (std::int64_t i = 0; i < K * N; ++i) size[i] = weight[i] = 0;
   for (std::int64_t i = 0; i < P * K; ++i) {
-    const T *m = maps + i * N, *c = clean + i * N;
+    const T* m = maps + i * N;
     T *s = size + i % K * N, *f = weight + i % K * N;
-    if (compared) {
+    if (clean != nullptr) {
+      const T* c = clean + i * N;
 #pragma omp simd
       for (std::int64_t n = 0; n < N; ++n) {
         const T d = m[n] - c[n];
@@ -92,10 +92,10 @@ void slope_of(const MapObjective& p) {
     }
   }
   for (std::int64_t i = 0; i < P * K; ++i) {
-    const T *m = maps + i * N, *c = clean + i * N;
     const T *w = weight + i % K * N, *level = shift + i % K * N;
     T* out = slope + i * N;
-    if (compared) {
+    if (clean != nullptr) {
+      const T *m = maps + i * N, *c = clean + i * N;
 #pragma omp simd
       for (std::int64_t n = 0; n < N; ++n) {
         const T d = m[n] - c[n];

@@ -277,8 +277,8 @@ def pgd(
                 return raised(f, y[rows], classes)
             return raised(f, y[rows], classes), beaten(f, classes, targeted=target is not None)
 
-        if loss == "ce" and target is None and hasattr(logits, "ascend"):
-            objective.ascend = partial(logits.ascend, y=y)
+        if loss == "ce" and target is None:
+            objective = as_cross_entropy(objective, logits, y)
         return maximise(
             objective,
             x,
@@ -314,15 +314,11 @@ class _Logits(nn.Module):
         return self.run.ascend(x, **how) if isinstance(self.run, Chain) else None
 
 
-def cross_entropy(logits: nn.Module, y: torch.Tensor) -> Callable:
-    """What ``maximise`` wants to raise the cross-entropy of what ``attacked`` gave."""
-
-    def raised(z):
-        return nn.functional.cross_entropy(logits(z), y, reduction="none")
-
-    if hasattr(logits, "ascend"):
-        raised.ascend = partial(logits.ascend, y=y)
-    return raised
+def as_cross_entropy(objective: Callable, logits: nn.Module, y: torch.Tensor) -> Callable:
+    """``objective``, known to ``maximise`` as the cross-entropy of what ``attacked`` gave."""
+    if isinstance(logits, _Logits):
+        objective.ascend = partial(logits.ascend, y=y)
+    return objective
 
 
 @contextmanager

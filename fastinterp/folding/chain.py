@@ -164,7 +164,7 @@ class Chain(nn.Module):
             (N, C, H, W), detached, or None where the kernels do not do it.
 
         Raises:
-            ValueError: y is out of range.
+            ValueError: y, eps or step_size is out of range.
         """
         if not self._takes(x) or (y.dtype, y.device.type) != (torch.int64, "cpu"):
             return None
@@ -209,7 +209,7 @@ class Chain(nn.Module):
         for _ in range(steps):
             for kernel, arguments in calls:
                 kernel(*arguments)
-        return z.permute(3, 2, 0, 1).contiguous()
+        return torch.empty_like(x).copy_(z.permute(3, 2, 0, 1))
 
     def steps(self, z: torch.Tensor) -> list[_Step]:
         """What a pass over such images takes; empty where it is not the kernel's."""

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from fastinterp._checks import check_attack, check_images, check_labels, values_unread
 from fastinterp._state import depends_on_mode, uncounted
 from fastinterp.attacks import attacked, maximise, random_start
+from fastinterp.attacks.pgd import as_cross_entropy
 from fastinterp.discrepancy import CLASSES, NORMALIZE, NORMS
 from fastinterp.maps._call import borrowed
 from fastinterp.regularizers._explained import (
@@ -234,13 +235,7 @@ class InterpretationRegularizer(nn.Module):
                 yield at
         else:
             with surrogate(model, self._beta), attacked(model, x) as logits:
-
-                def at(z):
-                    return None, logits(z)
-
-                if hasattr(logits, "ascend"):
-                    at.ascend = partial(logits.ascend, y=y)
-                yield at
+                yield as_cross_entropy(lambda z: (None, logits(z)), logits, y)
 
     def _raised(self, distance, logits, y, attack_target):
         """What the maximisation raises, per example; ``distance`` is a function that gives D."""

@@ -232,13 +232,14 @@ def _group_norm_kernel(
         else:
             first = rows[0] * depth * pixels
         pivot = tl.load(given[0] + first, rows[1], 0.0).to(acc)  # near the mean: small sums
-        sums = tl.zeros([CUT.rows, CUT.depth, CUT.pixels], acc)
+        # full and not zeros, which Triton 3.6 does not give the numbers of a constexpr tuple.
+        sums = tl.full([CUT.rows, CUT.depth, CUT.pixels], 0.0, acc)
         for c0 in range(0, c_end, CUT.depth):
             for p0 in range(0, p_end, CUT.pixels):
                 at = _tile(rows, c0, p0, sizes, CUT)
                 sums += tl.where(at[1], load(given[0], at, acc) - pivot, 0.0)
         average = pivot + _over_group(sums) * share
-        squares = tl.zeros([CUT.rows, CUT.depth, CUT.pixels], acc)
+        squares = tl.full([CUT.rows, CUT.depth, CUT.pixels], 0.0, acc)
         for c0 in range(0, c_end, CUT.depth):
             for p0 in range(0, p_end, CUT.pixels):
                 at = _tile(rows, c0, p0, sizes, CUT)
@@ -287,7 +288,7 @@ def _group_norm_backward_kernel(
     alpha = tl.full([], alpha, acc)
     c_end, p_end = _ends(sizes, CUT)
     begin, end = _blocks(sizes, CUT)
-    zeros = tl.zeros([CUT.rows, CUT.depth, CUT.pixels], acc)
+    zeros = tl.full([CUT.rows, CUT.depth, CUT.pixels], 0.0, acc)
     gweight, gbias = zeros, zeros
     for block in range(begin, end):
         rows = _rows(block, sizes, CUT)
@@ -388,7 +389,7 @@ def _group_norm_second_kernel(
     alpha = tl.full([], alpha, acc)
     c_end, p_end = _ends(sizes, CUT)
     begin, end = _blocks(sizes, CUT)
-    zeros = tl.zeros([CUT.rows, CUT.depth, CUT.pixels], acc)
+    zeros = tl.full([CUT.rows, CUT.depth, CUT.pixels], 0.0, acc)
     gweight, gbias = zeros, zeros
     for block in range(begin, end):
         rows = _rows(block, sizes, CUT)
