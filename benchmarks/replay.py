@@ -25,8 +25,7 @@ from benchmarks import record
 from fastinterp.data import load_dataset
 from fastinterp.models import create_model, load_weights
 from fastinterp.objectives import IG_WEIGHTINGS, METHODS
-from fastinterp.training import recipe
-from fastinterp.training.loop import StopRequest, Trainer
+from fastinterp.training import StopRequest, Trainer, recipe
 from fastinterp.training.run import CONFIG_FILE, prepare
 
 RELEASED = {"ig-norm": "ig"}  # names of files that are not the method's

@@ -30,8 +30,7 @@ from fastinterp.evaluation.protocol import Protocol, protocol
 from fastinterp.evaluation.results import Results
 from fastinterp.evaluation.summary import Summary
 from fastinterp.models import create_model, load_weights
-from fastinterp.training import TrainConfig, Trainer, recipe
-from fastinterp.training.loop import StopRequest
+from fastinterp.training import StopRequest, TrainConfig, Trainer, recipe
 from fastinterp.training.run import CONFIG_FILE, prepare
 
 EPS = (0.1, 0.2, 0.3, 0.35, 0.4)

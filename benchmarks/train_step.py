@@ -29,8 +29,7 @@ from fastinterp.data import Dataset, Split, load_dataset
 from fastinterp.graphs import GraphedStep
 from fastinterp.models import create_model, init_paper
 from fastinterp.objectives import Int
-from fastinterp.training import RunOptions, Trainer, recipe
-from fastinterp.training.loop import StopRequest
+from fastinterp.training import RunOptions, StopRequest, Trainer, recipe
 from fastinterp.training.metrics import read_metrics
 from fastinterp.training.optimizer import EpsilonHatAdam
 from fastinterp.training.rng import PaperRng

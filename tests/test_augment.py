@@ -6,8 +6,8 @@ import torch
 from torch.nn import functional as F
 
 from fastinterp.data import Augmentation, Dataset, Split
+from fastinterp.training import Trainer
 from fastinterp.training.config import TrainConfig
-from fastinterp.training.loop import Trainer
 from fastinterp.training.recipes import RECIPES, recipe
 
 

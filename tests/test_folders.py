@@ -16,9 +16,8 @@ from torchvision.datasets import ImageFolder
 from fastinterp.data import DataError, DataWorkerDied, DiskSplit, Split, disk, load_dataset
 from fastinterp.evaluation.results import fingerprint, images_fingerprint
 from fastinterp.models import create_model
-from fastinterp.training import Interrupted, RunOptions, TrainConfig, Trainer
+from fastinterp.training import Interrupted, RunOptions, StopRequest, TrainConfig, Trainer
 from fastinterp.training.distributed import World
-from fastinterp.training.loop import StopRequest
 
 CPU = torch.device("cpu")
 SIZES = ((300, 200), (180, 260), (256, 256), (260, 401), (1500, 1100))

@@ -11,8 +11,7 @@ from fastinterp.data import Dataset
 from fastinterp.graphs import GraphedStep
 from fastinterp.models import create_model
 from fastinterp.objectives import METHODS
-from fastinterp.training import RunOptions, TrainConfig, Trainer, TrainingDiverged
-from fastinterp.training.loop import StopRequest
+from fastinterp.training import RunOptions, StopRequest, TrainConfig, Trainer, TrainingDiverged
 from fastinterp.training.optimizer import create_optimizer
 
 pytestmark = [

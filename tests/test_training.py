@@ -14,14 +14,15 @@ from fastinterp.data import Dataset, Split
 from fastinterp.models import create_model, init_paper, load_weights
 from fastinterp.training import (
     RECIPES,
+    Interrupted,
     RunOptions,
+    StopRequest,
     TrainConfig,
     Trainer,
     TrainingDiverged,
     checkpoint,
     recipe,
 )
-from fastinterp.training.loop import Interrupted, StopRequest
 from fastinterp.training.metrics import read_metrics
 from fastinterp.training.optimizer import EpsilonHatAdam
 from fastinterp.training.rng import PaperRng, TorchRng

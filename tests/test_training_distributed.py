@@ -14,9 +14,8 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
 from fastinterp.data import Dataset, Split
-from fastinterp.training import TrainConfig, Trainer, checkpoint
+from fastinterp.training import StopRequest, TrainConfig, Trainer, checkpoint
 from fastinterp.training.distributed import World
-from fastinterp.training.loop import StopRequest
 from fastinterp.training.metrics import read_metrics
 
 CPU = torch.device("cpu")

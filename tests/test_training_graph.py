@@ -8,8 +8,7 @@ import torch
 from test_training import trainer
 
 from fastinterp.cli import main
-from fastinterp.training import RunOptions, TrainingDiverged
-from fastinterp.training.loop import StopRequest
+from fastinterp.training import RunOptions, StopRequest, TrainingDiverged
 from fastinterp.training.metrics import read_metrics
 from fastinterp.training.optimizer import EpsilonHatAdam
 from fastinterp.training.update import GraphedUpdate

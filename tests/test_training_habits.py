@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from fastinterp.data import Dataset, Split
 from fastinterp.models import create_model
 from fastinterp.objectives import METHODS
-from fastinterp.training import RunOptions, TrainConfig, Trainer
-from fastinterp.training.loop import StopRequest, create_objective
+from fastinterp.training import RunOptions, StopRequest, TrainConfig, Trainer
+from fastinterp.training.loop import create_objective
 from fastinterp.training.metrics import read_metrics
 from fastinterp.training.optimizer import create_optimizer
 from fastinterp.training.run import execute, prepare, table

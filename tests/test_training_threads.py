@@ -5,8 +5,7 @@ import torch
 
 from fastinterp.cli import main
 from fastinterp.data import load_dataset
-from fastinterp.training import Interrupted, RunOptions, TrainConfig, Trainer, threads
-from fastinterp.training.loop import StopRequest
+from fastinterp.training import Interrupted, RunOptions, StopRequest, TrainConfig, Trainer, threads
 from fastinterp.training.metrics import read_metrics
 from fastinterp.training.run import execute, prepare
 

@@ -25,8 +25,8 @@ from torch.nn import functional as F
 
 from fastinterp._checks import check_attack, check_images, check_labels
 from fastinterp._state import attack_parameters, eval_mode, substituted
-from fastinterp.attacks.pgd import maximise
-from fastinterp.attacks.pgd import random_start as draw_start
+from fastinterp.attacks.ascent import maximise
+from fastinterp.attacks.ascent import random_start as draw_start
 from fastinterp.maps import CamNetwork, softplus_surrogate
 from fastinterp.maps._target import parse
 from fastinterp.maps.grad_cam import explain_layer, mean_gradient

@@ -24,8 +24,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastinterp._checks import check_images, check_labels
+from fastinterp.attacks.ascent import maximise
 from fastinterp.attacks.losses import beaten, margin
-from fastinterp.attacks.pgd import attacked, maximise
+from fastinterp.attacks.pgd import attacked
 from fastinterp.discrepancy import discrepancy
 from fastinterp.maps import CamNetwork
 from fastinterp.ops.attack_step import columns, per_example

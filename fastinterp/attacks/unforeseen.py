@@ -22,9 +22,10 @@ import torch
 from torch import nn
 
 from fastinterp._checks import check_attack, check_images, check_labels
+from fastinterp.attacks.ascent import maximise
 from fastinterp.attacks.distortions import DISTORTIONS
 from fastinterp.attacks.losses import LOSSES, beaten, loss_function
-from fastinterp.attacks.pgd import attacked, maximise
+from fastinterp.attacks.pgd import attacked
 
 
 class Calibration(NamedTuple):

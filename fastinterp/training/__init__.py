@@ -1,7 +1,8 @@
 """The lean training loop, its recipes and its run folders."""
 
 from fastinterp.training.config import TrainConfig
-from fastinterp.training.loop import Interrupted, RunOptions, Trainer, TrainingDiverged
+from fastinterp.training.loop import Trainer
+from fastinterp.training.options import Interrupted, RunOptions, StopRequest, TrainingDiverged
 from fastinterp.training.recipes import DEFAULT_RECIPE, RECIPES, recipe
 
 __all__ = [
@@ -9,6 +10,7 @@ __all__ = [
     "RECIPES",
     "Interrupted",
     "RunOptions",
+    "StopRequest",
     "TrainConfig",
     "Trainer",
     "TrainingDiverged",

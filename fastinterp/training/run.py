@@ -18,8 +18,9 @@ from fastinterp.data import Dataset, DataWorkerDied
 from fastinterp.evaluation import choose_examples, evaluate_pgd
 from fastinterp.training.config import TrainConfig
 from fastinterp.training.distributed import World
-from fastinterp.training.loop import RunOptions, StopRequest, Trainer
+from fastinterp.training.loop import Trainer
 from fastinterp.training.metrics import plot_curves
+from fastinterp.training.options import RunOptions, StopRequest
 
 CONFIG_FILE = "config.yaml"
 

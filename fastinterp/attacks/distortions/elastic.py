@@ -10,8 +10,8 @@ import math
 import torch
 from torch.nn import functional as F
 
+from fastinterp.attacks.ascent import random_start
 from fastinterp.attacks.distortions._distortion import Distortion
-from fastinterp.attacks.pgd import random_start
 
 STD = 3 / 224  # of the Gaussian, in longer sides of the image
 CUT = 4  # standard deviations

@@ -17,8 +17,8 @@ from itertools import count
 import torch
 from torch.nn import functional as F
 
+from fastinterp.attacks.ascent import random_start
 from fastinterp.attacks.distortions._distortion import Distortion, uniform
-from fastinterp.attacks.pgd import random_start
 
 BOX = 2.0  # no coefficient moves further in the l1 and l2 balls
 # ITU-T T.81, tables K.1 and K.2; rows are vertical frequencies.
