@@ -142,7 +142,7 @@ quick() {
   gpu_tests
   train 40 120
   bandwidth
-  run_step resnet18-cifar bf16 ours,ours-graph,eager,eager-format,eager-graph 60
+  run_step resnet18-cifar bf16 ours,ours-graph,eager,eager-format,eager-graph 100
   shown step-resnet18-cifar-bf16
   sanitize memcheck
 }

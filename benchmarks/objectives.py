@@ -1,8 +1,9 @@
 """The losses of the whole-step benchmark, as a careful user writes them in plain PyTorch.
 
 Each is loss(net, x, y, other, weight): ``net`` maps images to logits (N, K), ``x`` and ``other``
-are images (N, C, H, W), ``y`` labels (N,) and ``weight`` multiplies the penalty. ``x`` itself needs
-no gradient. Networks may normalise by batch, so x and other go through ``net`` one by one.
+are images (N, C, H, W), ``y`` labels (N,) and ``weight`` multiplies the penalty. Images need not
+require gradients; those that do are not made leaves again. Networks may normalise by batch, so x
+and other go through ``net`` one by one.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ IG_POINTS = 5
 
 def _saliency(net, x, y):
     """d f_y / dx, (N, C, H, W), as part of the graph; and the logits."""
-    x = x.detach().requires_grad_()
+    x = x if x.requires_grad else x.detach().requires_grad_()
     logits = net(x)
     true = logits.gather(1, y[:, None]).sum()
     (gradient,) = torch.autograd.grad(true, x, create_graph=True)

@@ -86,6 +86,8 @@ def eager_graphed(problem: Problem) -> Side:
 
 def _compiled(net, problem: Problem) -> Side:
     x, y, other = problem.tensors()
+    for images in (x, other):  # outside: the tracer of torch 2.11 does not know requires_grad_
+        images.requires_grad_()
     parameters = list(net.parameters())
 
     def step(x, y, other):

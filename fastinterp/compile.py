@@ -34,6 +34,8 @@ def compile_step(fn: Callable, **compile_kwargs) -> Callable:
 
         step = fastinterp.compile_step(step)
 
+    torch 2.11 cannot trace requires_grad_(): there x must come in requiring gradients.
+
     Args:
         fn: the step. Models of fastinterp.fuse and plain ones both work. Tensors that it returns
             must be detached from the graph that it differentiated; ``loss.backward()`` in place of

@@ -98,7 +98,8 @@ def _compiled(original: type, source: str):
     digest = hashlib.sha256(source.encode()).hexdigest()[:12]
     file = f"<fastinterp {original.__module__}.{original.__qualname__} {digest}>"
     linecache.cache[file] = (len(source), None, source.splitlines(True), file)
-    names = {"_original": original, "__name__": original.__module__}
+    # Without a __name__, by which torch.compile would look for these names in a module.
+    names = {"_original": original}
     exec(compile(source, file, "exec"), names)
     return names
 
