@@ -17,7 +17,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 rehearse=${REHEARSE:-}
 part=all
-if [ $# -gt 0 ]; then [ "$1" = --part ] && part=${2:-} || part=$1; fi
+if [ $# -gt 0 ]; then [ "$1 $#" = "--part 2" ] && part=$2 || part="$* (not --part NAME)"; fi
 case $part in all | quick | ops | steps | train | sanitize) ;; *)
   echo "gpu.sh: --part must be quick, ops, steps, train or sanitize, got '$part'" >&2; exit 2 ;;
 esac

@@ -128,15 +128,11 @@ class _Logits(nn.Module):
     def forward(self, x):
         return self.run(x)[1]
 
-    def ascend(self, x, **how) -> torch.Tensor | None:
-        """See Chain.ascend; None where there are no kernels for it."""
-        return self.run.ascend(x, **how) if isinstance(self.run, Chain) else None
-
 
 def as_cross_entropy(objective: Callable, logits: nn.Module, y: torch.Tensor) -> Callable:
     """``objective``, known to ``maximise`` as the cross-entropy of what ``attacked`` gave."""
-    if isinstance(logits, _Logits):
-        objective.ascend = partial(logits.ascend, y=y)
+    if isinstance(logits, _Logits) and isinstance(logits.run, Chain):
+        objective.ascend = partial(logits.run.ascend, y=y)
     return objective
 
 

@@ -26,6 +26,7 @@ import torch
 
 from fastinterp import _native
 from fastinterp.ops import _backend
+from fastinterp.ops._autocast import lowered
 from fastinterp.ops._autograd import (
     fold_examples,
     needs_grad,
@@ -82,12 +83,7 @@ def conv2d(
 
     Source: the adjoint of a convolution; Chellapilla, Puri & Simard (2006) for its three products.
     """
-    device = x.device.type
-    autocast = device != "meta" and torch.is_autocast_enabled(device)
-    if autocast and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+    x, weight, bias = lowered(x, weight, bias)
     stride, dilation = _pair(stride), _pair(dilation)
     if isinstance(padding, str):
         x, padding = _named_padding(x, weight, padding, stride, dilation)

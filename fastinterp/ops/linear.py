@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import torch
 
+from fastinterp.ops._autocast import lowered
 from fastinterp.ops._autograd import (
     fold_examples,
     needs_grad,
@@ -63,12 +64,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be ({weight.shape[0]},) or None, got {tuple(bias.shape)}")
-    device = x.device.type
-    autocast = device != "meta" and torch.is_autocast_enabled(device)
-    if autocast and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+    x, weight, bias = lowered(x, weight, bias)
     if x.dim() == 2:
         return torch.ops.fastinterp.linear(x, weight, bias)
     rows = torch.ops.fastinterp.linear(x.reshape(-1, x.shape[-1]), weight, bias)

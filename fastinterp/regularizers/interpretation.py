@@ -222,10 +222,11 @@ class InterpretationRegularizer(nn.Module):
 
     def _weights(self) -> dict[str, float]:
         """Of what the maximisation raises."""
-        if self.inner == "ce":
-            return dict(ce_weight=1.0)
-        ce = 1.0 if self.inner == "ce+discrepancy" else 0.0
-        return dict(ce_weight=ce, discrepancy_weight=self.inner_weight if ce else 1.0)
+        return {
+            "discrepancy": dict(ce_weight=0.0, discrepancy_weight=1.0),
+            "ce": dict(ce_weight=1.0),
+            "ce+discrepancy": dict(ce_weight=1.0, discrepancy_weight=self.inner_weight),
+        }[self.inner]
 
     @contextmanager
     def _attacked(self, explained, clean, model, x, y) -> Iterator:
